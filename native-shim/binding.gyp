@@ -1,0 +1,29 @@
+{
+  "target_defaults": {
+    "cflags": ["-Wall", "-Wextra", "-Werror", "-O2"],
+    "cflags!": ["-Wno-unused-parameter"],
+    "defines": ["_GNU_SOURCE"]
+  },
+  "targets": [
+    {
+      # The Node-API addon: only what JavaScript cannot do.
+      "target_name": "loopguest_native",
+      "sources": ["addon.c", "memory.c", "ring.c", "sleep.c", "files.c", "terminal.c"],
+      "defines": ["NAPI_VERSION=8"]
+    },
+    {
+      # The first process of the default guest; static, because the guest's root may hold no libc of ours.
+      "target_name": "guest-init",
+      "type": "executable",
+      "sources": ["guest-init.c"],
+      "ldflags": ["-static"]
+    },
+    {
+      # The little parent of a UML guest that ends it when the launcher is gone.
+      "target_name": "uml-keeper",
+      "type": "executable",
+      "sources": ["uml-keeper.c"],
+      "ldflags": ["-static"]
+    }
+  ]
+}
