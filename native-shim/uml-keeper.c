@@ -1,0 +1,359 @@
+/*
+ * uml-keeper: the parent of a User-Mode Linux guest, so that the guest ends when its launcher does.
+ *
+ *     uml-keeper RUN-DIR -- PROGRAM [ARGUMENT...]
+ *
+ * UML is a family of processes: the kernel, helpers, and one traced process for each of the guest's
+ * address spaces. A launcher that is killed by SIGKILL cannot end them, and a parent-death signal reaches
+ * the first of them only. This program can: it holds one end of a pipe, the launcher holds the other, and
+ * the operating system closes that one in every case.
+ *
+ *   fd 0   the lifeline. At its end of file the whole guest is killed.
+ *   fd 1   becomes the guest's stdout and stderr.
+ *   fd 3   one line at the end (if open):
+ *            "exited N"      the guest's first process left with status N
+ *            "signalled N"   it was ended by signal N
+ *            "stopped"       the lifeline ended, so we killed it
+ *            "failed TEXT"   it could not be started
+ *
+ * Our own exit status is the guest's, 128 + N for a signal, 137 when stopped, 127 when it did not start.
+ * In every case the guest's processes are gone and RUN-DIR is removed before the line is written.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/personality.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { LIFELINE_FD = 0, REPORT_FD = 3 };
+
+/* Deeper than anything UML makes (RUN-DIR/umid/mconsole), and a bound for the recursion. */
+enum { REMOVE_DEPTH_MAX = 8 };
+
+/* How long we wait for killed processes to disappear. */
+enum { REAP_MS_MAX = 5000 };
+
+/* The run directory, held open from the start: a path could mean something else by the end. */
+static struct {
+	int parent_fd;
+	char *name;
+	dev_t device;
+	ino_t inode;
+	int fd;
+} run_dir = { .parent_fd = -1, .fd = -1 };
+
+static void report(const char *format, ...)
+{
+	char line[512];
+	va_list list;
+
+	va_start(list, format);
+	int length = vsnprintf(line, sizeof(line) - 1, format, list);
+	va_end(list);
+	if (length < 0)
+		return;
+	if ((size_t)length > sizeof(line) - 2)
+		length = sizeof(line) - 2;
+	line[length++] = '\n';
+	/* A launcher that is gone has no use for the line. */
+	if (write(REPORT_FD, line, length) < 0)
+		return;
+}
+
+/* ---- the run directory ---- */
+
+/*
+ * Removes what the directory holds. Symbolic links are removed, never followed; files of other users and
+ * other file systems are left alone, and so is the directory that holds them.
+ */
+static void remove_contents(int dir_fd, int depth)
+{
+	int scan_fd = openat(dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *dir = scan_fd < 0 ? NULL : fdopendir(scan_fd);
+	struct dirent *entry;
+
+	if (!dir)
+		return;
+	while ((entry = readdir(dir))) {
+		struct stat status;
+
+		if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
+			continue;
+		if (fstatat(dir_fd, entry->d_name, &status, AT_SYMLINK_NOFOLLOW) < 0)
+			continue;
+		if (status.st_uid != geteuid() || status.st_dev != run_dir.device)
+			continue;
+		if (!S_ISDIR(status.st_mode)) {
+			unlinkat(dir_fd, entry->d_name, 0);
+			continue;
+		}
+		int child_fd = openat(dir_fd, entry->d_name,
+				      O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+		if (child_fd >= 0) {
+			if (depth < REMOVE_DEPTH_MAX)
+				remove_contents(child_fd, depth + 1);
+			close(child_fd);
+		}
+		unlinkat(dir_fd, entry->d_name, AT_REMOVEDIR);
+	}
+	closedir(dir);
+}
+
+static void remove_run_dir(void)
+{
+	struct stat status;
+
+	if (run_dir.fd < 0)
+		return;
+	remove_contents(run_dir.fd, 0);
+	if (fstatat(run_dir.parent_fd, run_dir.name, &status, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    S_ISDIR(status.st_mode) && status.st_dev == run_dir.device && status.st_ino == run_dir.inode)
+		unlinkat(run_dir.parent_fd, run_dir.name, AT_REMOVEDIR);
+}
+
+/* Opens RUN-DIR and its parent. False with errno set when it is not a directory of ours. */
+static bool hold_run_dir(const char *path)
+{
+	struct stat status;
+	char *copy = strdup(path);
+	size_t length = copy ? strlen(copy) : 0;
+
+	while (length > 1 && copy[length - 1] == '/')
+		copy[--length] = '\0';
+	char *slash = copy ? strrchr(copy, '/') : NULL;
+	if (!slash || slash[1] == '\0') {
+		errno = EINVAL; /* not absolute, or the root */
+		return false;
+	}
+	run_dir.name = slash + 1;
+	run_dir.fd = open(copy, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (run_dir.fd < 0 || fstat(run_dir.fd, &status) < 0)
+		return false;
+	if (status.st_uid != geteuid()) {
+		close(run_dir.fd);
+		run_dir.fd = -1;
+		errno = EPERM;
+		return false;
+	}
+	run_dir.device = status.st_dev;
+	run_dir.inode = status.st_ino;
+	*slash = '\0';
+	run_dir.parent_fd = open(slash == copy ? "/" : copy, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	return run_dir.parent_fd >= 0;
+}
+
+/* ---- processes ---- */
+
+/*
+ * Kills children that left the guest's process group. They are our children because we are the subreaper;
+ * where /proc has no such list (CONFIG_PROC_CHILDREN), the process group has to be enough.
+ */
+static void kill_children(void)
+{
+	FILE *list = fopen("/proc/thread-self/children", "re");
+	int pid;
+
+	if (!list)
+		return;
+	while (fscanf(list, "%d", &pid) == 1)
+		kill(pid, SIGKILL);
+	fclose(list);
+}
+
+/* Kills the group and every other child, and waits until none is left. */
+static void end_guest(pid_t guest)
+{
+	const struct timespec pause = { .tv_nsec = 5 * 1000 * 1000 };
+
+	kill(-guest, SIGKILL);
+	for (int waited_ms = 0; waited_ms < REAP_MS_MAX; waited_ms += 5) {
+		kill_children();
+		pid_t pid;
+		do {
+			pid = waitpid(-1, NULL, WNOHANG | __WALL);
+		} while (pid > 0);
+		if (pid < 0 && errno == ECHILD)
+			return;
+		/* A helper may have been between fork and its parent's death. */
+		kill(-guest, SIGKILL);
+		nanosleep(&pause, NULL);
+	}
+}
+
+/* In the child. Does not come back; what went wrong goes into `error_fd` as an errno. */
+static void become_guest(char **words, int error_fd)
+{
+	const struct rlimit no_core = { 0, 0 };
+	sigset_t none;
+	int null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	/* A session of its own: no terminal signal reaches it, and its group can be killed as a whole. */
+	setsid();
+	for (int signal_number = 1; signal_number < 32; signal_number++)
+		signal(signal_number, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	/* A guest's panic is an abort() of UML, and its memory is no core dump that anybody wants. */
+	setrlimit(RLIMIT_CORE, &no_core);
+	/* Randomised addresses leave a hole in what UML takes as guest-physical memory. */
+	personality(personality(0xffffffff) | ADDR_NO_RANDOMIZE);
+	if (null_fd >= 0 && dup2(null_fd, 0) == 0 && dup2(1, 2) == 2)
+		execv(words[0], words);
+	int error = errno;
+	if (write(error_fd, &error, sizeof(error)) < 0)
+		_exit(126);
+	_exit(127);
+}
+
+/* Starts the guest; 0 on success, else an errno. */
+static int start_guest(char **words, pid_t *guest)
+{
+	int error = 0;
+	int error_pipe[2];
+
+	if (pipe2(error_pipe, O_CLOEXEC) < 0)
+		return errno;
+	*guest = fork();
+	if (*guest < 0)
+		return errno;
+	if (*guest == 0)
+		become_guest(words, error_pipe[1]);
+	close(error_pipe[1]);
+	/* End of file means that execv closed the other end: it went well. */
+	ssize_t got;
+	do {
+		got = read(error_pipe[0], &error, sizeof(error));
+	} while (got < 0 && errno == EINTR);
+	close(error_pipe[0]);
+	return got == sizeof(error) ? error : 0;
+}
+
+/* True when the lifeline's other end is closed. Bytes on it mean nothing. */
+static bool lifeline_ended(void)
+{
+	char bytes[64];
+	ssize_t got = read(LIFELINE_FD, bytes, sizeof(bytes));
+
+	return got == 0 || (got < 0 && errno != EINTR && errno != EAGAIN);
+}
+
+/*
+ * Reaps stray helpers and looks whether the guest itself has ended. It stays a zombie for now, so that
+ * its number cannot become another process group's before we have killed the rest of it.
+ */
+static bool guest_ended(pid_t guest, siginfo_t *info)
+{
+	for (;;) {
+		memset(info, 0, sizeof(*info));
+		if (waitid(P_ALL, 0, info, WEXITED | WNOHANG | WNOWAIT | __WALL) < 0)
+			return errno == ECHILD;
+		if (info->si_pid == 0)
+			return false;
+		if (info->si_pid == guest)
+			return true;
+		waitpid(info->si_pid, NULL, __WALL);
+	}
+}
+
+/* Waits for the guest's end or the lifeline's; true and `info` for the guest's. */
+static bool keep(pid_t guest, int signal_fd, siginfo_t *info)
+{
+	struct pollfd fds[] = {
+		{ .fd = signal_fd, .events = POLLIN },
+		{ .fd = LIFELINE_FD, .events = POLLIN },
+	};
+
+	for (;;) {
+		struct signalfd_siginfo ignored;
+
+		if (guest_ended(guest, info))
+			return true;
+		if (poll(fds, 2, -1) < 0)
+			continue;
+		if (fds[1].revents && lifeline_ended())
+			return false;
+		while (read(signal_fd, &ignored, sizeof(ignored)) > 0)
+			;
+	}
+}
+
+static int finish(pid_t guest, bool ended, const siginfo_t *info)
+{
+	end_guest(guest);
+	remove_run_dir();
+	if (!ended) {
+		report("stopped");
+		return 128 + SIGKILL;
+	}
+	if (info->si_code == CLD_EXITED) {
+		report("exited %d", info->si_status);
+		return info->si_status;
+	}
+	report("signalled %d", info->si_status);
+	return 128 + info->si_status;
+}
+
+/* The launcher decides about signals from the terminal; we only follow its lifeline. */
+static int prepare_signals(void)
+{
+	static const int ignored[] = { SIGINT, SIGHUP, SIGTERM, SIGQUIT, SIGPIPE,
+				       SIGTSTP, SIGTTIN, SIGTTOU, SIGUSR1, SIGUSR2 };
+	sigset_t child;
+
+	for (size_t i = 0; i < sizeof(ignored) / sizeof(ignored[0]); i++)
+		signal(ignored[i], SIG_IGN);
+	sigemptyset(&child);
+	sigaddset(&child, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &child, NULL);
+	return signalfd(-1, &child, SFD_NONBLOCK | SFD_CLOEXEC);
+}
+
+int main(int argc, char **argv)
+{
+	siginfo_t info;
+	pid_t guest = -1;
+
+	if (argc < 4 || strcmp(argv[2], "--")) {
+		dprintf(2, "usage: uml-keeper RUN-DIR -- PROGRAM [ARGUMENT...]\n");
+		return 2;
+	}
+	if (fcntl(REPORT_FD, F_SETFD, FD_CLOEXEC) < 0) {
+		/* Nobody listens; keep the number from becoming some other file. */
+		int null_fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
+		if (null_fd >= 0 && null_fd != REPORT_FD)
+			dup3(null_fd, REPORT_FD, O_CLOEXEC);
+	}
+	setsid(); /* what kills the launcher's process group should not hit us */
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	int signal_fd = prepare_signals();
+	if (!hold_run_dir(argv[1])) {
+		report("failed run directory %s: %s", argv[1], strerror(errno));
+		return 127;
+	}
+	int error = signal_fd < 0 ? errno : start_guest(argv + 3, &guest);
+	if (error) {
+		if (guest > 0)
+			end_guest(guest);
+		remove_run_dir();
+		report("failed %s: %s", argv[3], strerror(error));
+		return 127;
+	}
+	bool ended = keep(guest, signal_fd, &info);
+	return finish(guest, ended, &info);
+}

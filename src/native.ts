@@ -1,0 +1,123 @@
+/**
+ * The one typed door to native-shim: no other file loads the addon.
+ *
+ * Addresses, sizes and offsets are plain numbers (doubles): user-space addresses lie below 2^47 and so pass
+ * unchanged. A function documented as "or -errno" returns it; the others throw an Error with `code`, `errno`
+ * and `syscall`, like Node's own.
+ */
+import { existsSync } from "node:fs";
+import { constants } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { getSystemErrorName } from "node:util";
+
+/** What sleepStart returned; only sleepStop takes it. */
+export type Sleeper = { readonly _: unique symbol };
+
+export interface Native {
+  /** Maps `length` bytes of `fd` from `offset`, shared; fd -1 is private anonymous memory. Returns the address. */
+  mmap(fd: number, offset: number, length: number, writable: boolean): number;
+  munmap(address: number, length: number): void;
+  /** An ArrayBuffer (at most 4 GiB) over memory that stays the caller's: detach it before unmapping. */
+  window(address: number, length: number): ArrayBuffer;
+  detach(buffer: ArrayBuffer): void;
+  /** Guards memory against SIGBUS: the slot in guardFlags that tells of a loss, or -1 when none is free. */
+  guardAdd(address: number, length: number): number;
+  guardRemove(slot: number): void;
+  guardFlags(): ArrayBuffer;
+
+  /** The new ring's descriptor, or -errno. `params` is a struct io_uring_params of 120 bytes. */
+  ioUringSetup(entries: number, params: Uint8Array): number;
+  /** How many submissions were consumed, or -errno. */
+  ioUringEnter(fd: number, toSubmit: number, minComplete: number, flags: number): number;
+  ioUringRegister(fd: number, opcode: number, bytes: ArrayBufferView | null, count: number): number;
+
+  /** Makes io_uring_enter on this ring the place where the process sleeps; see native-shim/sleep.c. */
+  sleepStart(ringFd: number, words: Float64Array, turn: () => void): Sleeper;
+  sleepStop(sleeper: Sleeper): void;
+  /** The descriptor of libuv's poll set: readable when libuv has events to handle. */
+  backendFd(): number;
+
+  /** A non-blocking, close-on-exec eventfd, or -errno. */
+  eventfd(): number;
+  /** An anonymous file of `length` bytes. */
+  memfd(name: string, length: number): number;
+  /** Writes the eight bytes of the number 1 without blocking: 0 or -errno; -EAGAIN: full, a signal is there. */
+  signal(fd: number): number;
+  setNonBlocking(fd: number): number;
+  /** fcntl(F_GETFL), or -errno. */
+  fileFlags(fd: number): number;
+  close(fd: number): number;
+  /** A non-blocking stream socket listening on, connected to, or accepted from a path: the fd or -errno. */
+  unixListen(path: string): number;
+  unixConnect(path: string): number;
+  unixAccept(fd: number): number;
+  /** Bytes read (0 is the end), or -errno. `fds[0]` becomes the count of descriptors that follow in it. */
+  receive(fd: number, bytes: Uint8Array, offset: number, length: number, fds: Int32Array): number;
+  /** Bytes sent, or -errno; the descriptors go with the first byte. */
+  send(fd: number, bytes: Uint8Array, offset: number, length: number, fds: Int32Array): number;
+  /** flock(2) without waiting, shared or exclusive: 0 or -errno; -EAGAIN says that another holds it. */
+  lockFile(fd: number, exclusive: boolean): number;
+  ioctl(fd: number, request: number, argument: ArrayBufferView | number): number;
+
+  /** 0 or -errno. The settings of the first call come back at terminalRestore, exit or a crash. */
+  terminalRaw(fd: number): number;
+  terminalRestore(): void;
+  isTerminal(fd: number): boolean;
+}
+
+/** The words that sleep.c shares with the loop (enum control). */
+export const CONTROL = { DIRTY: 0, SLEEPS: 1, WAKES_TIMEOUT: 2, LAST_ERROR: 3, WORDS: 4 } as const;
+
+/** The most descriptors that native.receive takes along; its `fds` has one more element, the count. */
+export const RECEIVE_FDS_MAX = 32;
+
+const here = dirname(fileURLToPath(import.meta.url));
+
+/**
+ * Where a file that native-shim builds is: beside the bundle (dist/) or where node-gyp leaves it in a checkout.
+ *
+ * @throws Error which names the places that were looked at
+ */
+export function artefactPath(name: string): string {
+  const places = [join(here, name), join(here, "../native-shim/build/Release", name)];
+  const found = places.find((place) => existsSync(place));
+  if (found === undefined) {
+    throw new Error(
+      `native-shim is not built: no ${name} at ${places.join(" or ")}; run \`npm ci\` (or \`npm run build\`)`,
+    );
+  }
+  return found;
+}
+
+function load(): Native {
+  const holder = { exports: {} as Native };
+  process.dlopen(holder, artefactPath("loopguest_native.node"));
+  return holder.exports;
+}
+
+/** The addon, loaded when this file is. */
+export const native: Native = load();
+
+/** "ENOENT (no such file …)"-like name of a negative or positive errno. */
+export function errnoName(errno: number): string {
+  return getSystemErrorName(errno < 0 ? errno : -errno);
+}
+
+/** The errno numbers that are looked at by name. All positive. */
+export const ERRNO = constants.errno;
+
+/**
+ * Passes a result on, or throws.
+ *
+ * @throws Error "<what>: <errno name>" when `result` is negative
+ */
+export function check(result: number, what: string): number {
+  if (result < 0) {
+    throw Object.assign(new Error(`${what}: ${errnoName(result)}`), {
+      code: errnoName(result),
+      errno: result,
+    });
+  }
+  return result;
+}

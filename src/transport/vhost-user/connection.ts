@@ -1,0 +1,544 @@
+/**
+ * One front-end's connection: reads its messages in order, one at a time, and answers.
+ *
+ * The front-end is not trusted. A message that breaks the protocol ends the connection with a ProtocolError;
+ * a guest that breaks a virtqueue's rules stops the device's rings until they are set up anew.
+ */
+import * as fs from "node:fs";
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import { POLL_IN } from "../../loop/completion-queue.ts";
+import type { EventLoop } from "../../loop/event-loop.ts";
+import { waitReady } from "../../loop/waiting.ts";
+import { GuestMemory, MemoryError, MemoryRegion } from "../../memory/guest-memory.ts";
+import { ERRNO, errnoName, native, RECEIVE_FDS_MAX } from "../../native.ts";
+import type { VirtioDevice } from "../../virtio/device.ts";
+import type { VirtqueueFault } from "../../virtio/fault.ts";
+import { has, listBits, QUEUE_FEATURES } from "../../virtio/features.ts";
+import type { QueueCounters } from "../../virtio/queue-runner.ts";
+import {
+  BACKEND_CONFIG_CHANGE,
+  CONFIG_BYTES_MAX,
+  encode,
+  encodeU64,
+  expectSize,
+  F_PROTOCOL_FEATURES,
+  FLAG_NEED_REPLY,
+  FLAG_REPLY,
+  FLAG_VERSION,
+  HEADER_BYTES,
+  type Message,
+  PROTOCOL_F_REPLY_ACK,
+  PROTOCOL_FEATURES,
+  ProtocolError,
+  parseHeader,
+  parseMemoryTable,
+  parseVringAddresses,
+  REQUEST,
+  type RegionMessage,
+  requestName,
+  VRING_INDEX_MASK,
+  VRING_NO_FD,
+} from "./protocol.ts";
+import { Ring } from "./ring.ts";
+
+export interface ConnectionOptions {
+  readonly loop: EventLoop;
+  readonly device: VirtioDevice;
+  /** One for each queue of the device: counts over all connections. */
+  readonly counters: readonly QueueCounters[];
+  /** Told of what the user must know: a stopped device, a broken connection. */
+  readonly report: (line: string) => void;
+  /** Told of set-up and negotiation under --verbose. */
+  readonly trace: ((line: string) => void) | undefined;
+}
+
+const NO_FDS = new Int32Array(0);
+
+export class Connection {
+  readonly #fd: number;
+  readonly #options: ConnectionOptions;
+  readonly #rings: Ring[];
+  #features = 0n;
+  #protocolFeatures = 0n;
+  #memory: GuestMemory | undefined;
+  #backendFd = -1;
+
+  private constructor(fd: number, options: ConnectionOptions) {
+    this.#fd = fd;
+    this.#options = options;
+    const { loop, device, counters } = options;
+    this.#rings = counters.map((count, i) => new Ring(loop, device, i, count, (f) => this.#onFault(f)));
+    device.onConfigChange = this.#onConfigChange;
+  }
+
+  /** Serves the front-end behind `fd` until it leaves. Owns the descriptor. */
+  static serve(fd: number, options: ConnectionOptions): Effect.Effect<void, ProtocolError> {
+    return Effect.scoped(
+      Effect.gen(function* () {
+        const connection = yield* Connection.#open(fd, options);
+        while (true) {
+          const message = yield* connection.#receive;
+          if (message === undefined) return;
+          yield* connection.#handle(message);
+        }
+      }),
+    );
+  }
+
+  static #open(fd: number, options: ConnectionOptions): Effect.Effect<Connection, never, Scope.Scope> {
+    return Effect.acquireRelease(
+      Effect.sync(() => new Connection(fd, options)),
+      (connection) => connection.#close,
+    );
+  }
+
+  readonly #close: Effect.Effect<void> = Effect.suspend(() => {
+    this.#options.device.onConfigChange = undefined;
+    return this.#stopRings.pipe(
+      Effect.andThen(
+        Effect.sync(() => {
+          for (const ring of this.#rings) ring.closeFds();
+          this.#memory?.close();
+          if (this.#backendFd >= 0) native.close(this.#backendFd);
+          native.close(this.#fd);
+        }),
+      ),
+    );
+  });
+
+  readonly #stopRings: Effect.Effect<void> = Effect.suspend(() =>
+    Effect.forEach(this.#rings, (ring) => ring.stop, { discard: true }),
+  );
+
+  #startRings(): void {
+    for (const ring of this.#rings) ring.start(this.#memory, this.#features);
+  }
+
+  /** Stops the rings around a change of something that they use. */
+  #whileStopped(change: () => void): Effect.Effect<void, ProtocolError> {
+    return this.#stopRings.pipe(
+      Effect.andThen(
+        attempt(() => {
+          change();
+          this.#startRings();
+        }),
+      ),
+    );
+  }
+
+  /** The guest broke a rule: its device stops, until the rings are set up anew. */
+  #onFault(fault: VirtqueueFault): void {
+    const { report, loop, device } = this.#options;
+    report(`${fault.message}; ${device.name} is stopped until the guest resets it`);
+    for (const ring of this.#rings) ring.raiseError();
+    Effect.runFork(this.#stopRings, { scheduler: loop.scheduler });
+  }
+
+  readonly #onConfigChange = (): void => {
+    if (this.#backendFd < 0) return;
+    const bytes = encode(BACKEND_CONFIG_CHANGE, FLAG_VERSION, new Uint8Array(0));
+    // A front-end that does not read what it was told before has missed nothing that it wants.
+    native.send(this.#backendFd, bytes, 0, bytes.length, NO_FDS);
+  };
+
+  // Receiving: the header first and alone, because descriptors come with the first byte of a message and a
+  // longer read could take those of the next one along.
+
+  readonly #receive: Effect.Effect<Message | undefined, ProtocolError> = Effect.suspend(() => {
+    const fds = new Int32Array(1 + RECEIVE_FDS_MAX);
+    const head = new Uint8Array(HEADER_BYTES);
+    return this.#read(head, fds).pipe(
+      Effect.flatMap((complete) => {
+        if (!complete) return Effect.succeed(undefined);
+        return attempt(() => parseHeader(head)).pipe(
+          Effect.flatMap((header) => {
+            const payload = new Uint8Array(header.size);
+            return this.#read(payload, undefined).pipe(
+              Effect.flatMap((whole) =>
+                whole
+                  ? Effect.succeed<Message>({
+                      ...header,
+                      payload: new DataView(payload.buffer),
+                      fds: [...fds.subarray(1, 1 + fds[0]!)],
+                    })
+                  : fail(`the front-end left in the middle of ${requestName(header.request)}`),
+              ),
+            );
+          }),
+          Effect.tapError(() => Effect.sync(() => closeAll([...fds.subarray(1, 1 + fds[0]!)]))),
+        );
+      }),
+    );
+  });
+
+  /** Fills `into`; false when the front-end had left before the first byte. */
+  #read(into: Uint8Array, fds: Int32Array | undefined): Effect.Effect<boolean, ProtocolError> {
+    const { queue } = this.#options.loop;
+    const scratch = new Int32Array(1 + RECEIVE_FDS_MAX);
+    const fd = this.#fd;
+    return Effect.gen(function* () {
+      let done = 0;
+      while (done < into.length) {
+        const got = native.receive(fd, into, done, into.length - done, scratch);
+        if (scratch[0]! > 0) takeFds(scratch, fds);
+        if (got > 0) done += got;
+        else if (got === 0 || got === -ERRNO.ECONNRESET) {
+          if (done === 0 && fds !== undefined) return false;
+          return yield* fail("the front-end left in the middle of a message");
+        } else if (got === -ERRNO.EAGAIN) yield* waitReady(queue, fd, POLL_IN);
+        else if (got !== -ERRNO.EINTR) return yield* fail(`recvmsg failed with ${errnoName(got)}`);
+      }
+      return true;
+    });
+  }
+
+  #reply(message: Message, payload: Uint8Array): Effect.Effect<void, ProtocolError> {
+    // UML takes no other flags than these two: REPLY and the version (virtio_uml.c).
+    const bytes = encode(message.request, FLAG_VERSION | FLAG_REPLY, payload);
+    const sent = native.send(this.#fd, bytes, 0, bytes.length, NO_FDS);
+    if (sent === bytes.length || sent === -ERRNO.EPIPE) return Effect.void;
+    // Replies are small and each is waited for: a front-end whose buffer is full is not reading.
+    return fail(`the front-end does not read its replies (${sent < 0 ? errnoName(sent) : "short"})`);
+  }
+
+  #handle(message: Message): Effect.Effect<void, ProtocolError> {
+    this.#options.trace?.(
+      `${this.#options.device.name}: ${requestName(message.request)}, ${message.size} bytes, ${message.fds.length} descriptors`,
+    );
+    const kept = new Set<number>();
+    return this.#dispatch(message, kept).pipe(
+      Effect.flatMap((reply) => {
+        if (reply !== undefined) return this.#reply(message, reply);
+        const wantsAck =
+          (message.flags & FLAG_NEED_REPLY) !== 0 && has(this.#protocolFeatures, PROTOCOL_F_REPLY_ACK);
+        return wantsAck ? this.#reply(message, encodeU64(0n)) : Effect.void;
+      }),
+      Effect.ensuring(Effect.sync(() => closeAll(message.fds.filter((fd) => !kept.has(fd))))),
+    );
+  }
+
+  /** Does what the message asks. `kept` collects the descriptors that stay open. The result is the reply. */
+  #dispatch(message: Message, kept: Set<number>): Effect.Effect<Uint8Array | undefined, ProtocolError> {
+    const reply = (body: () => Uint8Array): Effect.Effect<Uint8Array, ProtocolError> => attempt(body);
+    const done = (work: Effect.Effect<unknown, ProtocolError>): Effect.Effect<undefined, ProtocolError> =>
+      Effect.as(work, undefined);
+    switch (message.request) {
+      case REQUEST.GET_FEATURES:
+        return reply(() => encodeU64(this.#offered()));
+      case REQUEST.SET_FEATURES:
+        return done(this.#setFeatures(message));
+      case REQUEST.GET_PROTOCOL_FEATURES:
+        return reply(() => encodeU64(PROTOCOL_FEATURES));
+      case REQUEST.SET_PROTOCOL_FEATURES:
+        return done(attempt(() => this.#setProtocolFeatures(message)));
+      case REQUEST.GET_QUEUE_NUM:
+        return reply(() => encodeU64(BigInt(this.#rings.length)));
+      case REQUEST.SET_OWNER:
+        return Effect.succeed(undefined);
+      case REQUEST.RESET_OWNER:
+        return done(this.#stopRings);
+      case REQUEST.SET_MEM_TABLE:
+        return done(this.#setMemory(message));
+      case REQUEST.SET_VRING_NUM:
+      case REQUEST.SET_VRING_BASE:
+      case REQUEST.SET_VRING_ENABLE:
+        return done(this.#setRingState(message));
+      case REQUEST.SET_VRING_ADDR:
+        return done(this.#setRingAddresses(message));
+      case REQUEST.GET_VRING_BASE:
+        return this.#getRingBase(message);
+      case REQUEST.SET_VRING_KICK:
+      case REQUEST.SET_VRING_CALL:
+      case REQUEST.SET_VRING_ERR:
+        return done(this.#setRingFd(message, kept));
+      case REQUEST.SET_BACKEND_REQ_FD:
+        return done(attempt(() => this.#setBackendFd(message, kept)));
+      case REQUEST.GET_CONFIG:
+        return reply(() => this.#getConfig(message));
+      case REQUEST.SET_CONFIG:
+        return done(attempt(() => this.#setConfig(message)));
+      default:
+        return fail(`${requestName(message.request)} is not one of the requests that were offered`);
+    }
+  }
+
+  #offered(): bigint {
+    return this.#options.device.features | QUEUE_FEATURES | F_PROTOCOL_FEATURES;
+  }
+
+  #setFeatures(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => {
+      expectSize(message, 8);
+      const accepted = message.payload.getBigUint64(0, true);
+      const foreign = accepted & ~this.#offered();
+      if (foreign !== 0n) {
+        throw new ProtocolError({ message: `SET_FEATURES accepts bits ${listBits(foreign)}, never offered` });
+      }
+      return accepted;
+    }).pipe(
+      Effect.tap((accepted) => Effect.sync(() => this.#traceFeatures(accepted))),
+      Effect.flatMap((accepted) =>
+        this.#whileStopped(() => {
+          this.#features = accepted;
+          // Without PROTOCOL_FEATURES there is no SET_VRING_ENABLE: rings are enabled from the start.
+          if (!has(accepted, F_PROTOCOL_FEATURES)) for (const ring of this.#rings) ring.enabled = true;
+        }),
+      ),
+    );
+  }
+
+  #traceFeatures(accepted: bigint): void {
+    const { trace, device } = this.#options;
+    trace?.(
+      `${device.name}: features offered ${listBits(this.#offered())}; the driver accepted ${listBits(accepted)}`,
+    );
+  }
+
+  #setProtocolFeatures(message: Message): void {
+    expectSize(message, 8);
+    const accepted = message.payload.getBigUint64(0, true);
+    const foreign = accepted & ~PROTOCOL_FEATURES;
+    if (foreign !== 0n) {
+      throw new ProtocolError({
+        message: `SET_PROTOCOL_FEATURES accepts bits ${listBits(foreign)}, never offered`,
+      });
+    }
+    this.#protocolFeatures = accepted;
+  }
+
+  #setMemory(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => openMemory(parseMemoryTable(message), message.fds)).pipe(
+      Effect.flatMap((memory) =>
+        this.#whileStopped(() => {
+          this.#memory?.close();
+          this.#memory = memory;
+        }),
+      ),
+    );
+  }
+
+  /** @throws ProtocolError when there is no such ring */
+  #ring(index: number): Ring {
+    const ring = this.#rings[index];
+    if (ring !== undefined) return ring;
+    throw new ProtocolError({
+      message: `ring ${index} does not exist: ${this.#options.device.name} has ${this.#rings.length}`,
+    });
+  }
+
+  /** SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ENABLE: an index and a number. */
+  #setRingState(message: Message): Effect.Effect<void, ProtocolError> {
+    return Effect.gen({ self: this }, function* () {
+      const { ring, value } = yield* attempt(() => {
+        expectSize(message, 8);
+        return {
+          ring: this.#ring(message.payload.getUint32(0, true)),
+          value: message.payload.getUint32(4, true),
+        };
+      });
+      if (message.request === REQUEST.SET_VRING_ENABLE && value !== 0) {
+        ring.enabled = true;
+      } else {
+        yield* ring.stop;
+        if (message.request === REQUEST.SET_VRING_ENABLE) ring.enabled = false;
+        else if (message.request === REQUEST.SET_VRING_NUM) ring.size = value;
+        else {
+          ring.nextAvailable = value & 0xffff;
+          ring.broken = false;
+        }
+      }
+      yield* attempt(() => ring.start(this.#memory, this.#features));
+    });
+  }
+
+  #setRingAddresses(message: Message): Effect.Effect<void, ProtocolError> {
+    return Effect.gen({ self: this }, function* () {
+      const addresses = yield* attempt(() => parseVringAddresses(message));
+      const ring = yield* attempt(() => this.#ring(addresses.index));
+      yield* ring.stop;
+      ring.addresses = addresses;
+      yield* attempt(() => ring.start(this.#memory, this.#features));
+    });
+  }
+
+  /** Stops the ring, and tells where a successor goes on; only a new kick descriptor starts it again. */
+  #getRingBase(message: Message): Effect.Effect<Uint8Array, ProtocolError> {
+    return Effect.gen({ self: this }, function* () {
+      const ring = yield* attempt(() => {
+        expectSize(message, 8);
+        return this.#ring(message.payload.getUint32(0, true));
+      });
+      yield* ring.stop;
+      ring.setFd("kickFd", -1);
+      return new Uint8Array(Uint32Array.of(ring.index, ring.nextAvailable).buffer);
+    });
+  }
+
+  #setRingFd(message: Message, kept: Set<number>): Effect.Effect<void, ProtocolError> {
+    return Effect.gen({ self: this }, function* () {
+      const { ring, fd } = yield* attempt(() => this.#ringFd(message));
+      if (fd !== undefined) kept.add(fd);
+      if (message.request === REQUEST.SET_VRING_CALL) ring.setFd("callFd", fd ?? -1);
+      else if (message.request === REQUEST.SET_VRING_ERR) ring.setFd("errFd", fd ?? -1);
+      else {
+        yield* ring.stop;
+        ring.setFd("kickFd", fd ?? -1);
+        yield* attempt(() => ring.start(this.#memory, this.#features));
+      }
+    });
+  }
+
+  #ringFd(message: Message): { ring: Ring; fd: number | undefined } {
+    expectSize(message, 8);
+    const word = message.payload.getUint32(0, true);
+    const ring = this.#ring(word & VRING_INDEX_MASK);
+    const [fd, ...others] = message.fds;
+    const name = requestName(message.request);
+    if ((word & VRING_NO_FD) !== 0) {
+      if (message.request === REQUEST.SET_VRING_KICK) {
+        throw new ProtocolError({ message: `${name} without a descriptor: rings are not polled here` });
+      }
+      return { ring, fd: undefined };
+    }
+    // QEMU sends SET_VRING_ERR without a descriptor and without the bit that says so.
+    if (fd === undefined && message.request === REQUEST.SET_VRING_ERR) return { ring, fd };
+    if (fd === undefined || others.length > 0) {
+      throw new ProtocolError({ message: `${name} has ${message.fds.length} descriptors, expected 1` });
+    }
+    expectSignal(name, fd);
+    return { ring, fd };
+  }
+
+  #setBackendFd(message: Message, kept: Set<number>): void {
+    const [fd] = message.fds;
+    if (fd === undefined || message.fds.length > 1) {
+      throw new ProtocolError({
+        message: `SET_BACKEND_REQ_FD has ${message.fds.length} descriptors, expected 1`,
+      });
+    }
+    if (!fs.fstatSync(fd).isSocket()) {
+      throw new ProtocolError({ message: `SET_BACKEND_REQ_FD: ${describeFd(fd)} is not a socket` });
+    }
+    kept.add(fd);
+    if (this.#backendFd >= 0) native.close(this.#backendFd);
+    this.#backendFd = fd;
+  }
+
+  /** The reply has exactly the size that was asked for, zeroes behind the end of the space: UML insists. */
+  #getConfig(message: Message): Uint8Array {
+    const { offset, size } = configRange(message);
+    const payload = new Uint8Array(12 + size);
+    payload.set(new Uint8Array(message.payload.buffer, 0, 12));
+    payload.set(this.#options.device.config().subarray(offset, offset + size), 12);
+    return payload;
+  }
+
+  #setConfig(message: Message): void {
+    const { offset, size } = configRange(message);
+    this.#options.device.writeConfig(offset, new Uint8Array(message.payload.buffer, 12, size));
+  }
+}
+
+function configRange(message: Message): { offset: number; size: number } {
+  expectSize(message, 12, true);
+  const offset = message.payload.getUint32(0, true);
+  const size = message.payload.getUint32(4, true);
+  if (size > CONFIG_BYTES_MAX || offset > CONFIG_BYTES_MAX - size) {
+    throw new ProtocolError({
+      message: `${requestName(message.request)} of ${size} bytes at ${offset} is outside a configuration space of ${CONFIG_BYTES_MAX}`,
+    });
+  }
+  expectSize(message, 12 + size);
+  return { offset, size };
+}
+
+/** Maps the regions of a memory table; the descriptors stay the caller's. */
+function openMemory(table: readonly RegionMessage[], fds: readonly number[]): GuestMemory {
+  const regions: MemoryRegion[] = [];
+  try {
+    table.forEach((entry, i) => {
+      checkMemoryFile(fds[i]!, entry);
+      regions.push(
+        new MemoryRegion(fds[i]!, {
+          guestBase: entry.guestAddress,
+          size: entry.size,
+          userBase: entry.userAddress,
+          fileOffset: entry.fileOffset,
+        }),
+      );
+    });
+    return new GuestMemory(regions);
+  } catch (error) {
+    for (const region of regions) region.close();
+    if (error instanceof MemoryError) throw new ProtocolError({ message: `SET_MEM_TABLE: ${error.message}` });
+    throw error;
+  }
+}
+
+function checkMemoryFile(fd: number, entry: RegionMessage): void {
+  const stat = fs.fstatSync(fd);
+  const where = `SET_MEM_TABLE: region of ${entry.size} bytes at guest 0x${entry.guestAddress.toString(16)}`;
+  if (!stat.isFile())
+    throw new ProtocolError({ message: `${where}: ${describeFd(fd)} is not a memory file` });
+  const limit = Number.MAX_SAFE_INTEGER;
+  if (
+    entry.size > limit ||
+    entry.guestAddress > limit - entry.size ||
+    entry.userAddress > 2 ** 64 - entry.size
+  ) {
+    throw new ProtocolError({ message: `${where} does not fit into an address space` });
+  }
+  if (entry.size > stat.size || entry.fileOffset > stat.size - entry.size) {
+    throw new ProtocolError({
+      message: `${where} reaches beyond its file: offset ${entry.fileOffset} of ${stat.size} bytes`,
+    });
+  }
+}
+
+/** What a descriptor is, for messages and checks: "anon_inode:[eventfd]", say. */
+function describeFd(fd: number): string {
+  try {
+    return fs.readlinkSync(`/proc/self/fd/${fd}`);
+  } catch {
+    return `descriptor ${fd}`;
+  }
+}
+
+/** Only what can carry a signal: polling anything else could make the loop spin. */
+function expectSignal(name: string, fd: number): void {
+  const what = describeFd(fd);
+  if (what.startsWith("anon_inode:[eventfd]") || what.startsWith("socket:") || what.startsWith("pipe:"))
+    return;
+  throw new ProtocolError({ message: `${name}: ${what} is neither an eventfd nor a pipe or socket` });
+}
+
+function takeFds(from: Int32Array, into: Int32Array | undefined): void {
+  const received = [...from.subarray(1, 1 + from[0]!)];
+  from[0] = 0;
+  // Descriptors in the middle of a message belong to nothing.
+  if (into === undefined || into[0]! > 0) closeAll(received);
+  else {
+    into[0] = received.length;
+    into.set(received, 1);
+  }
+}
+
+function closeAll(fds: readonly number[]): void {
+  for (const fd of fds) native.close(fd);
+}
+
+const fail = (message: string): Effect.Effect<never, ProtocolError> =>
+  Effect.fail(new ProtocolError({ message }));
+
+/** Runs code that throws ProtocolError; any other exception is a defect. */
+function attempt<A>(body: () => A): Effect.Effect<A, ProtocolError> {
+  return Effect.suspend(() => {
+    try {
+      return Effect.succeed(body());
+    } catch (error) {
+      if (error instanceof ProtocolError) return Effect.fail(error);
+      throw error;
+    }
+  });
+}

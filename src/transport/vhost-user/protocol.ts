@@ -1,0 +1,181 @@
+/**
+ * The messages of vhost-user, as numbers and bytes (QEMU's docs/interop/vhost-user.rst). No sockets here.
+ *
+ * Every message has a header of 12 bytes: request, flags, payload size, each u32 little-endian.
+ */
+import * as Data from "effect/Data";
+import { bit } from "../../virtio/features.ts";
+
+export const HEADER_BYTES = 12;
+/** More than any request that this back-end knows: a memory table of 8 regions has 264 bytes. */
+export const PAYLOAD_BYTES_MAX = 4096;
+/** The largest piece of configuration space that one message may carry (VHOST_USER_MAX_CONFIG_SIZE). */
+export const CONFIG_BYTES_MAX = 256;
+export const REGIONS_MAX = 8;
+
+export const REQUEST = {
+  GET_FEATURES: 1,
+  SET_FEATURES: 2,
+  SET_OWNER: 3,
+  RESET_OWNER: 4,
+  SET_MEM_TABLE: 5,
+  SET_VRING_NUM: 8,
+  SET_VRING_ADDR: 9,
+  SET_VRING_BASE: 10,
+  GET_VRING_BASE: 11,
+  SET_VRING_KICK: 12,
+  SET_VRING_CALL: 13,
+  SET_VRING_ERR: 14,
+  GET_PROTOCOL_FEATURES: 15,
+  SET_PROTOCOL_FEATURES: 16,
+  GET_QUEUE_NUM: 17,
+  SET_VRING_ENABLE: 18,
+  SET_BACKEND_REQ_FD: 21,
+  GET_CONFIG: 24,
+  SET_CONFIG: 25,
+} as const;
+
+const NAMES = new Map<number, string>(Object.entries(REQUEST).map(([name, number]) => [number, name]));
+
+export const requestName = (request: number): string => NAMES.get(request) ?? `request ${request}`;
+
+/** What the back-end says to the front-end, on the descriptor of SET_BACKEND_REQ_FD. */
+export const BACKEND_CONFIG_CHANGE = 2;
+
+export const FLAG_VERSION = 1;
+export const FLAG_VERSION_MASK = 3;
+export const FLAG_REPLY = 1 << 2;
+export const FLAG_NEED_REPLY = 1 << 3;
+
+/** Not a device feature: the front-end knows SET_PROTOCOL_FEATURES, and rings start disabled. */
+export const F_PROTOCOL_FEATURES = bit(30);
+
+export const PROTOCOL_F_MQ = bit(0);
+export const PROTOCOL_F_REPLY_ACK = bit(3);
+export const PROTOCOL_F_BACKEND_REQ = bit(5);
+export const PROTOCOL_F_CONFIG = bit(9);
+
+export const PROTOCOL_FEATURES =
+  PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_CONFIG;
+
+/** SET_VRING_KICK, CALL and ERR: the ring's index, and whether no descriptor comes along. */
+export const VRING_INDEX_MASK = 0xff;
+export const VRING_NO_FD = 1 << 8;
+
+/** The front-end broke the protocol: its connection ends. */
+export class ProtocolError extends Data.TaggedError("ProtocolError")<{ readonly message: string }> {}
+
+export interface Header {
+  readonly request: number;
+  readonly flags: number;
+  readonly size: number;
+}
+
+/** @throws ProtocolError when version or size are none of this protocol */
+export function parseHeader(bytes: Uint8Array): Header {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, HEADER_BYTES);
+  const header = {
+    request: view.getUint32(0, true),
+    flags: view.getUint32(4, true),
+    size: view.getUint32(8, true),
+  };
+  if ((header.flags & FLAG_VERSION_MASK) !== FLAG_VERSION || (header.flags & FLAG_REPLY) !== 0) {
+    throw new ProtocolError({
+      message: `${requestName(header.request)} has flags 0x${header.flags.toString(16)}, not those of a vhost-user request`,
+    });
+  }
+  if (header.size > PAYLOAD_BYTES_MAX) {
+    throw new ProtocolError({
+      message: `${requestName(header.request)} announces ${header.size} bytes, more than ${PAYLOAD_BYTES_MAX}`,
+    });
+  }
+  return header;
+}
+
+/** A received message: the payload is complete, the descriptors are the receiver's to close. */
+export interface Message extends Header {
+  readonly payload: DataView;
+  readonly fds: readonly number[];
+}
+
+/** @throws ProtocolError unless the payload has exactly (or, for variable ones, at least) this many bytes */
+export function expectSize(message: Message, bytes: number, atLeast = false): void {
+  if (message.size === bytes || (atLeast && message.size > bytes)) return;
+  throw new ProtocolError({
+    message: `${requestName(message.request)} has ${message.size} bytes of payload, expected ${atLeast ? "at least " : ""}${bytes}`,
+  });
+}
+
+/** Reads a u64 address, size or offset. Above 2^53 it is exact enough to be refused by every bound. */
+export function u64(view: DataView, at: number): number {
+  return view.getUint32(at, true) + view.getUint32(at + 4, true) * 0x100000000;
+}
+
+export interface RegionMessage {
+  readonly guestAddress: number;
+  readonly size: number;
+  readonly userAddress: number;
+  readonly fileOffset: number;
+}
+
+/** The payload of SET_MEM_TABLE: a count, padding, and 32 bytes for each region. */
+export function parseMemoryTable(message: Message): RegionMessage[] {
+  expectSize(message, 8, true);
+  const { payload } = message;
+  const count = payload.getUint32(0, true);
+  if (count < 1 || count > REGIONS_MAX) {
+    throw new ProtocolError({ message: `SET_MEM_TABLE has ${count} regions, not 1 to ${REGIONS_MAX}` });
+  }
+  // UML sends room for two regions whatever it uses: the size may be larger than the count asks for.
+  expectSize(message, 8 + 32 * count, true);
+  if (message.fds.length !== count) {
+    throw new ProtocolError({
+      message: `SET_MEM_TABLE has ${count} regions but ${message.fds.length} descriptors`,
+    });
+  }
+  return Array.from({ length: count }, (_, i) => {
+    const at = 8 + 32 * i;
+    return {
+      guestAddress: u64(payload, at),
+      size: u64(payload, at + 8),
+      userAddress: u64(payload, at + 16),
+      fileOffset: u64(payload, at + 24),
+    };
+  });
+}
+
+export interface VringAddresses {
+  readonly index: number;
+  readonly descriptors: number;
+  readonly used: number;
+  readonly available: number;
+}
+
+/** The payload of SET_VRING_ADDR; addresses are the front-end's own. Dirty logging is not offered. */
+export function parseVringAddresses(message: Message): VringAddresses {
+  expectSize(message, 40);
+  const { payload } = message;
+  return {
+    index: payload.getUint32(0, true),
+    descriptors: u64(payload, 8),
+    used: u64(payload, 16),
+    available: u64(payload, 24),
+  };
+}
+
+/** Makes a message: header and payload in one array. */
+export function encode(request: number, flags: number, payload: Uint8Array): Uint8Array {
+  const bytes = new Uint8Array(HEADER_BYTES + payload.length);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, request, true);
+  view.setUint32(4, flags, true);
+  view.setUint32(8, payload.length, true);
+  bytes.set(payload, HEADER_BYTES);
+  return bytes;
+}
+
+export function encodeU64(value: bigint): Uint8Array {
+  const bytes = new Uint8Array(8);
+  new DataView(bytes.buffer).setBigUint64(0, value, true);
+  return bytes;
+}

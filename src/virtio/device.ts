@@ -1,0 +1,68 @@
+/**
+ * What a virtio device is to those who connect it to a guest: numbers, a configuration space, and one service
+ * function per queue. A device cannot tell who its guest is, nor how it is reached.
+ */
+import type { EventLoop } from "../loop/event-loop.ts";
+import type { DescriptorChain } from "./chain.ts";
+
+/** Device ids (Virtual I/O Device 1.2, section 5). */
+export const DEVICE_ID = { NET: 1, BLOCK: 2, CONSOLE: 3, RNG: 4 } as const;
+
+/** A started queue, as its device sees it. */
+export interface QueuePort {
+  readonly name: string;
+  readonly index: number;
+  readonly size: number;
+  /** The most segments that `take` can bring. */
+  readonly segmentsMax: number;
+  /** The features that the driver accepted. */
+  readonly features: bigint;
+  readonly loop: EventLoop;
+
+  /**
+   * Takes the next chain into `chain`; false when there is none (or the queue is being stopped).
+   * Only from within `serve`.
+   */
+  take(chain: DescriptorChain): boolean;
+  /** Leaves the chain that was taken last where it was. */
+  untake(chain: DescriptorChain): void;
+  /** Gives a chain back as used, `written` bytes of it written to. At any time after it was taken. */
+  complete(head: number, written: number): void;
+  /** Asks for serve to be called: the device can go on. */
+  wake(): void;
+  /** The driver broke a rule of this device: the device stops with this reason. */
+  fail(reason: string): void;
+}
+
+export interface QueueService {
+  /**
+   * Serves at most `limit` available chains: takes them and starts their work. Called again and again; returns
+   * how many it took.
+   */
+  serve(limit: number): number;
+  /**
+   * The queue is being stopped: end what is in flight as soon as possible. Every chain taken must still be
+   * completed; nothing new is taken.
+   */
+  stop(): void;
+  /** The last chain was completed and the queue is gone: give back what the service holds. */
+  release(): void;
+}
+
+export interface VirtioDevice {
+  /** "vda", say; for messages and statistics. */
+  readonly name: string;
+  /** One of DEVICE_ID. */
+  readonly id: number;
+  /** The features of this device type that are offered; those of the queue are added by the transport. */
+  readonly features: bigint;
+  readonly queueCount: number;
+  /** The configuration space as it is now (little-endian). */
+  config(): Uint8Array;
+  /** The driver wrote to the configuration space. Bytes outside or read-only are ignored. */
+  writeConfig(offset: number, bytes: Uint8Array): void;
+  /** A queue was started. */
+  openQueue(port: QueuePort): QueueService;
+  /** The transport's wish to hear of configuration changes; one transport at a time. */
+  onConfigChange: (() => void) | undefined;
+}

@@ -1,0 +1,260 @@
+/**
+ * A queue at work: the fiber that waits for kicks, and the batches between two sleeps.
+ *
+ * From a kick on, the runner is a hot member of the loop. In every lap it publishes what completed, interrupts
+ * a guest that is waiting when enough has come together, and lets the device take a bounded batch. When there
+ * is nothing more, the before-idle step (settle) publishes the rest, interrupts if the guest wants it, turns
+ * notifications on again and looks once more; then the runner is cold and its fiber is parked until the next
+ * kick. Per chain and per completion nothing is allocated and no Effect runs.
+ */
+import * as Effect from "effect/Effect";
+import type { EventLoop, LoopMember } from "../loop/event-loop.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { DescriptorChain } from "./chain.ts";
+import type { QueuePort, QueueService, VirtioDevice } from "./device.ts";
+import { VirtqueueFault } from "./fault.ts";
+import { type QueueLayout, SplitQueue } from "./split-queue.ts";
+
+/** Chains taken in the first batch after idle, and the most in one batch: it doubles in between. */
+const BATCH_FIRST = 4;
+const BATCH_MAX = 16;
+
+/**
+ * Used elements after which a guest that waits for an interrupt gets it, although there is more to do: its
+ * wake-up, some 40 µs on another core, then overlaps the remaining work. The bench shows why it is not 1.
+ */
+export const SIGNAL_AFTER = 6;
+
+export interface QueueCounters {
+  kicks: number;
+  chains: number;
+  /** Batches in which chains were taken. */
+  batches: number;
+  /** Times that used.idx was published. */
+  publishes: number;
+  interrupts: number;
+  /** Decisions not to interrupt because the driver did not want it. */
+  suppressed: number;
+}
+
+export interface QueueStart {
+  readonly layout: QueueLayout;
+  readonly index: number;
+  readonly memory: GuestMemory;
+  /** Interrupts the guest. */
+  readonly notify: () => void;
+  /** What to count in: it outlives the runner. */
+  readonly counters: QueueCounters;
+}
+
+export const noCounters = (): QueueCounters => ({
+  kicks: 0,
+  chains: 0,
+  batches: 0,
+  publishes: 0,
+  interrupts: 0,
+  suppressed: 0,
+});
+
+export class QueueRunner implements LoopMember, QueuePort {
+  readonly name: string;
+  readonly index: number;
+  readonly features: bigint;
+  readonly loop: EventLoop;
+  readonly counters: QueueCounters;
+
+  readonly #queue: SplitQueue;
+  readonly #memory: GuestMemory;
+  readonly #notify: () => void;
+  readonly #service: QueueService;
+  /** Resumes the parked fiber; undefined while it runs. */
+  #unpark: ((next: Effect.Effect<void, VirtqueueFault>) => void) | undefined;
+  #batch = BATCH_FIRST;
+  #available = 0;
+  #fault: VirtqueueFault | undefined;
+  #drained: (() => void) | undefined;
+  #state: "running" | "stopping" = "running";
+  /** Whether the loop counts us among its hot members. */
+  #hot = false;
+  /** The device left available chains where they are; it calls wake when it can go on. */
+  #declined = false;
+
+  /** @throws QueueSetupError */
+  constructor(loop: EventLoop, device: VirtioDevice, start: QueueStart) {
+    this.loop = loop;
+    this.name = start.layout.name;
+    this.index = start.index;
+    this.features = start.layout.features;
+    this.#memory = start.memory;
+    this.#notify = start.notify;
+    this.counters = start.counters;
+    this.#queue = new SplitQueue(start.memory, start.layout);
+    start.memory.pin();
+    this.#service = device.openQueue(this);
+  }
+
+  get size(): number {
+    return this.#queue.size;
+  }
+
+  get segmentsMax(): number {
+    return this.#queue.segmentsMax;
+  }
+
+  /** The avail index that a successor has to go on from. Only after stop. */
+  get nextAvailable(): number {
+    return this.#queue.nextAvailable;
+  }
+
+  /** Serves the queue for ever; fails when the driver breaks a rule. One fiber runs it. */
+  readonly run: Effect.Effect<never, VirtqueueFault> = Effect.suspend(() => {
+    this.#goHot();
+    return Effect.forever(Effect.andThen(this.#parked, Effect.sync(this.#goHot)));
+  });
+
+  readonly #parked = Effect.callback<void, VirtqueueFault>((resume) => {
+    if (this.#fault !== undefined) resume(Effect.fail(this.#fault));
+    else this.#unpark = resume;
+  });
+
+  readonly #goHot = (): void => {
+    if (this.#state !== "running" || this.#hot) return;
+    this.#queue.disableNotifications();
+    this.#batch = BATCH_FIRST;
+    this.#heat();
+  };
+
+  #heat(): void {
+    if (this.#hot) return;
+    this.#hot = true;
+    this.loop.heat(this);
+  }
+
+  /** The driver's kick arrived. */
+  kick(): void {
+    this.counters.kicks++;
+    this.wake();
+  }
+
+  wake(): void {
+    this.#declined = false;
+    if (this.#hot) return;
+    const unpark = this.#unpark;
+    this.#unpark = undefined;
+    unpark?.(Effect.void);
+  }
+
+  fail(reason: string): void {
+    this.#break(new VirtqueueFault({ queue: this.name, reason }));
+  }
+
+  #break(fault: VirtqueueFault): void {
+    if (this.#fault !== undefined) return;
+    this.#fault = fault;
+    const unpark = this.#unpark;
+    this.#unpark = undefined;
+    // The fiber ends with the fault; chains in flight go on until stop has seen them all.
+    unpark?.(Effect.fail(fault));
+  }
+
+  take(chain: DescriptorChain): boolean {
+    if (this.#available === 0) return false;
+    this.#queue.take(chain);
+    this.#available--;
+    return true;
+  }
+
+  untake(chain: DescriptorChain): void {
+    this.#queue.untake(chain);
+    this.#available++;
+  }
+
+  complete(head: number, written: number): void {
+    this.#queue.addUsed(head, written);
+    if (this.#state === "running") this.#heat();
+    else if (this.#queue.inFlight === 0) this.#drained?.();
+  }
+
+  work(): number {
+    const queue = this.#queue;
+    if (queue.unpublished > 0) {
+      this.#publish();
+      if (queue.unsignalled >= SIGNAL_AFTER && queue.isArmed()) this.#signal();
+    }
+    return this.peek() ? this.#serveBatch() : 0;
+  }
+
+  peek(): boolean {
+    return !this.#declined && this.#queue.hasAvailable() && this.#fault === undefined;
+  }
+
+  /** Lets the device take one batch; remembers when it wants none, so that nobody asks again before wake. */
+  #serveBatch(): number {
+    let served = 0;
+    try {
+      const available = this.#queue.countAvailable();
+      this.#available = available < this.#batch ? available : this.#batch;
+      served = this.#service.serve(this.#available);
+    } catch (error) {
+      if (!(error instanceof VirtqueueFault)) throw error;
+      this.#break(error);
+    }
+    this.#available = 0;
+    if (served === 0) {
+      this.#declined = true;
+      return 0;
+    }
+    this.counters.chains += served;
+    this.counters.batches++;
+    if (served === this.#batch && this.#batch < BATCH_MAX) this.#batch *= 2;
+    return served;
+  }
+
+  settle(idle: boolean): "more" | "wait" | "cold" {
+    const queue = this.#queue;
+    if (queue.unpublished > 0) this.#publish();
+    if (queue.unsignalled > 0) this.#signal();
+    if (!idle) return "wait";
+    if (this.#memory.isLost) this.fail("the front-end shortened the file behind its guest memory");
+    // A device that declined has its own reason to wake; until then a kick would tell it nothing.
+    if (this.#fault === undefined && !this.#declined && queue.enableNotifications()) {
+      queue.disableNotifications();
+      return "more";
+    }
+    this.#hot = false;
+    return "cold";
+  }
+
+  #publish(): void {
+    this.counters.publishes++;
+    this.#queue.publish();
+  }
+
+  #signal(): void {
+    if (this.#queue.shouldInterrupt()) {
+      this.counters.interrupts++;
+      this.#notify();
+    } else {
+      this.counters.suppressed++;
+    }
+  }
+
+  /**
+   * Stops the queue: takes nothing more, waits until every chain that was taken has completed, publishes them
+   * and lets go of the guest's memory. Once.
+   */
+  readonly stop: Effect.Effect<void> = Effect.callback<void>((resume) => {
+    const drained = (): void => {
+      this.#drained = undefined;
+      if (!this.#memory.isLost) this.settle(false);
+      this.#service.release();
+      this.#memory.unpin();
+      resume(Effect.void);
+    };
+    this.#state = "stopping";
+    this.loop.remove(this);
+    this.#service.stop();
+    if (this.#queue.inFlight === 0) drained();
+    else this.#drained = drained;
+  });
+}

@@ -1,0 +1,240 @@
+import test from "ava";
+import * as Effect from "effect/Effect";
+import * as Result from "effect/Result";
+import fc from "fast-check";
+import {
+  type Command,
+  memoryMaxMiB,
+  memoryMinMiB,
+  parseCommandLine,
+  type RunCommand,
+  type ServeCommand,
+  usageText,
+} from "../../src/cli/command-line.ts";
+
+const parse = (...argv: string[]): Command => Effect.runSync(parseCommandLine(argv));
+
+const run = (...argv: string[]): RunCommand => {
+  const command = parse(...argv);
+  if (command._tag !== "Run") throw new Error(`${argv.join(" ")} gave ${command._tag}`);
+  return command;
+};
+
+const serve = (...argv: string[]): ServeCommand => {
+  const command = parse("serve", ...argv);
+  if (command._tag !== "Serve") throw new Error(`${argv.join(" ")} gave ${command._tag}`);
+  return command;
+};
+
+/** The message of the refusal; a command line that passes is an error of the test. */
+const refusal = (...argv: string[]): string => {
+  const result = Effect.runSync(Effect.result(parseCommandLine(argv)));
+  if (Result.isSuccess(result)) throw new Error(`${argv.join(" ")} was not refused`);
+  return result.failure.message;
+};
+
+const help = (...argv: string[]): string => {
+  const command = parse(...argv);
+  if (command._tag !== "Help") throw new Error(`${argv.join(" ")} gave ${command._tag}`);
+  return command.text;
+};
+
+test("nothing at all is the default guest", (t) => {
+  t.deepEqual(run(), {
+    _tag: "Run",
+    blocks: [],
+    memoryMiB: 256,
+    kernel: undefined,
+    initrd: undefined,
+    root: { dir: "/", writable: false },
+    exec: undefined,
+    stats: undefined,
+    verbose: false,
+    hypervisor: "auto",
+  });
+  t.deepEqual(run("run"), run());
+});
+
+test("every option of run arrives in its field", (t) => {
+  const argv = "-v --hypervisor=uml --block=a.img --block=b.img,direct,readonly --initrd=i.cpio --stats=-";
+  t.deepEqual(run(...argv.split(" "), "64", "vmlinux", "root=/dev/vda", "--verbose"), {
+    _tag: "Run",
+    blocks: [
+      { file: "a.img", readonly: false, direct: false },
+      { file: "b.img", readonly: true, direct: true },
+    ],
+    memoryMiB: 64,
+    kernel: { path: "vmlinux", args: ["root=/dev/vda", "--verbose"] },
+    initrd: "i.cpio",
+    root: { dir: "/", writable: false },
+    exec: undefined,
+    stats: "-",
+    verbose: true,
+    hypervisor: "uml",
+  });
+  t.deepEqual(run("--root=/srv/tree,rw").root, { dir: "/srv/tree", writable: true });
+  t.deepEqual(run("--root=a,b").root, { dir: "a,b", writable: false });
+  t.is(run("--exec=echo 'a  b'; exit 7").exec, "echo 'a  b'; exit 7");
+  t.is(run("--exec", "true").exec, "true");
+});
+
+test("any kernel arguments pass unchanged", (t) => {
+  const like = fc.constantFrom(
+    "--",
+    "-",
+    "--help",
+    "--version",
+    "-v",
+    "--block=x",
+    "--no-such",
+    "run",
+    "serve",
+  );
+  const word = fc.oneof(fc.string({ unit: "binary" }), like);
+  const property = fc.property(fc.array(word), (args) => {
+    t.deepEqual(run("--verbose", "64", "vmlinux", ...args).kernel, { path: "vmlinux", args });
+    t.deepEqual(run("run", "64", "vmlinux", ...args).kernel, { path: "vmlinux", args });
+  });
+  t.notThrows(() => fc.assert(property));
+});
+
+test("any file name without a comma is taken as it stands", (t) => {
+  const name = fc.string({ unit: "grapheme", minLength: 1 }).filter((text) => !text.includes(","));
+  const property = fc.property(name, fc.boolean(), fc.boolean(), (file, readonly, direct) => {
+    const words = `${readonly ? ",readonly" : ""}${direct ? ",direct" : ""}`;
+    t.deepEqual(run(`--block=${file}${words}`).blocks, [{ file, readonly, direct }]);
+    t.deepEqual(serve(`--block=${file},socket=s${words}`).blocks, [{ file, readonly, direct, socket: "s" }]);
+  });
+  t.notThrows(() => fc.assert(property));
+});
+
+test("a comma after a file name closes it, whatever the name is", (t) => {
+  const piece = fc.oneof(fc.string(), fc.constantFrom("readonly", "direct", "socket=x", "rw", ""));
+  const name = fc.array(piece, { minLength: 1 }).map((pieces) => pieces.join(","));
+  const property = fc.property(
+    name.filter((text) => text !== ""),
+    (file) => {
+      t.deepEqual(run(`--block=${file},`).blocks, [{ file, readonly: false, direct: false }]);
+      t.deepEqual(run(`--block=${file},,readonly`).blocks, [{ file, readonly: true, direct: false }]);
+      t.deepEqual(run(`--root=${file},,rw`).root, { dir: file, writable: true });
+    },
+  );
+  t.notThrows(() => fc.assert(property));
+});
+
+test("a misspelt word after a file name is refused, and the message names both ways out", (t) => {
+  const message = refusal("--block=disk.img,readnoly");
+  t.regex(message, /did you mean "readonly"\?/);
+  t.regex(message, /--block=disk\.img,readnoly,$/);
+  t.regex(refusal("serve", "--block=a,sokcet=/tmp/s"), /did you mean "socket=…"/);
+  t.regex(refusal("--block=a,readonly,readonly"), /given twice/);
+  t.regex(refusal("--block=,readonly"), /file name is missing/);
+});
+
+test("the memory is a whole number of MiB in a sensible range", (t) => {
+  t.is(run(String(memoryMinMiB), "vmlinux").memoryMiB, memoryMinMiB);
+  t.is(run(String(memoryMaxMiB), "vmlinux").memoryMiB, memoryMaxMiB);
+  t.regex(refusal(String(memoryMinMiB - 1), "vmlinux"), /between 32 and .* but it is 31/);
+  t.regex(refusal(String(memoryMaxMiB + 1), "vmlinux"), /but it is 4194305/);
+  t.regex(refusal("64M", "vmlinux"), /whole number, but it is "64M"\. Write it in MiB, without a unit/);
+  for (const word of ["6.4", "0x40", "1e3", "", " 64", "vmlinux"]) {
+    t.regex(refusal(word, "vmlinux"), /whole number/, word);
+  }
+  t.regex(refusal("64"), /kernel is missing/);
+  t.regex(refusal("64", ""), /file name is empty/);
+});
+
+test("what contradicts itself is refused", (t) => {
+  t.regex(refusal("--exec=true", "64", "vmlinux"), /--exec is for the default guest.*vmlinux/);
+  t.regex(refusal("--root=/srv", "64", "vmlinux"), /--root is for the default guest/);
+  t.regex(refusal("--root=/", "64", "vmlinux"), /--root is for the default guest/);
+  t.regex(refusal("--initrd=i"), /--initrd needs a kernel/);
+  t.regex(refusal("--exec=true", "--exec=false"), /--exec is given twice: "true" and "false"/);
+  t.regex(refusal("--hypervisor=xen"), /auto or uml/);
+});
+
+test("what later versions bring is refused by name", (t) => {
+  const later = ["--tunnet=192.168.19.1", "--rng", "--cpus=2", "--hypervisor=kvm", "--hypervisor=lguest"];
+  for (const option of later) {
+    const name = option.startsWith("--hyper") ? option : option.split("=")[0];
+    t.is(refusal(option), `${name} is not there yet in this version of loopguest.`);
+  }
+  for (const option of ["--tunnet=10.0.0.1,socket=/tmp/n", "--rng=socket=/tmp/r"]) {
+    t.regex(refusal("serve", option), /^--(tunnet|rng) is not there yet/);
+  }
+  t.regex(refusal("--tunnet=192.168.19.1", "64", "vmlinux"), /^--tunnet is not there yet/);
+  t.regex(refusal("--tunnet"), /^--tunnet is not there yet/);
+});
+
+test("an option that is misspelt, misplaced, empty or without its value is refused", (t) => {
+  t.regex(refusal("--blok=a"), /'--blok=a' \(Did you mean --block\?\)/);
+  t.is(refusal("--console=socket=s"), "--console belongs to loopguest serve, not to run.");
+  t.is(refusal("serve", "--initrd=i"), "--initrd belongs to loopguest run, not to serve.");
+  t.is(refusal("--json"), "--json belongs to loopguest doctor, not to run.");
+  t.is(refusal("--verbose=3"), "--verbose takes no value.");
+  t.is(refusal("--block"), "--block has no value.");
+  t.is(refusal("--exec="), "--exec has no value.");
+  t.is(refusal("--block", "--verbose"), '--block has no value: "--verbose" is an option itself.');
+  t.regex(refusal("-v", "serve"), /"serve" has to be the first word/);
+  t.regex(refusal("--block=a,socket=/tmp/s"), /"socket=" belongs to loopguest serve/);
+});
+
+test("serve describes disks and a console at sockets of their own", (t) => {
+  t.deepEqual(
+    serve("--block=a,socket=/run/a", "--block=b,readonly,socket=b.sock", "--console=socket=/run/c", "-v"),
+    {
+      _tag: "Serve",
+      blocks: [
+        { file: "a", readonly: false, direct: false, socket: "/run/a" },
+        { file: "b", readonly: true, direct: false, socket: "b.sock" },
+      ],
+      console: { socket: "/run/c" },
+      stats: undefined,
+      verbose: true,
+    },
+  );
+});
+
+test("serve refuses sockets that are missing, shared, empty or too long", (t) => {
+  t.regex(refusal("serve"), /at least one device/);
+  t.regex(refusal("serve", "--block=a"), /socket is missing/);
+  t.regex(refusal("serve", "--block=a,socket=/x,y"), /socket is missing.*no comma/);
+  t.regex(refusal("serve", "--block=a,socket="), /"socket=" has no value/);
+  t.regex(refusal("serve", "--console=/run/c"), /write --console=socket=PATH/);
+  t.regex(refusal("serve", "--console=socket="), /"socket=" has no value/);
+  t.regex(
+    refusal("serve", "--block=a,socket=s", "--block=b,socket=s"),
+    /given to --block=a and to --block=b/,
+  );
+  t.regex(refusal("serve", "--block=a,socket=s", "--console=socket=s"), /--block=a and to --console/);
+  t.regex(refusal("serve", "--block=a,socket=s", "64"), /takes only options.*"64"/);
+  const longest = `${"é".repeat(53)}x`;
+  t.is(serve(`--console=socket=${longest}`).console?.socket, longest);
+  t.regex(refusal("serve", `--console=socket=${longest}x`), /at most 107 bytes, but this one has 108/);
+});
+
+test("doctor takes --json and nothing else", (t) => {
+  t.deepEqual(parse("doctor"), { _tag: "Doctor", json: false });
+  t.deepEqual(parse("doctor", "--json"), { _tag: "Doctor", json: true });
+  t.regex(refusal("doctor", "--verbose"), /--verbose belongs to loopguest run/);
+  t.regex(refusal("doctor", "now"), /takes no arguments, but there is "now"/);
+});
+
+test("help names what works and nothing that does not", (t) => {
+  const text = help("--help");
+  for (const option of ["block", "initrd", "hypervisor", "root", "exec", "stats", "verbose", "version"]) {
+    t.regex(text, new RegExp(`--${option}\\b`));
+  }
+  t.notRegex(text, /tunnet|rng|cpus|kvm|lguest\b/);
+  t.is(help("run", "--help"), text);
+  t.regex(help("serve", "--help"), /--console <socket=PATH>/);
+  t.notRegex(help("serve", "--help"), /--initrd|tunnet|rng/);
+  t.regex(help("doctor", "--help"), /--json/);
+  t.regex(usageText, /^usage: loopguest \[run\]/);
+  t.true(text.endsWith("\n") && !text.endsWith("\n\n"));
+});
+
+test("--version is a command of its own, except after the kernel", (t) => {
+  t.deepEqual(parse("--version"), { _tag: "Version" });
+  t.deepEqual(parse("serve", "-V"), { _tag: "Version" });
+});
