@@ -5,7 +5,7 @@ import * as Effect from "effect/Effect";
 import * as Exit from "effect/Exit";
 import * as Fiber from "effect/Fiber";
 import { parseCommandLine, usageText } from "./cli/command-line.ts";
-import { EventLoop } from "./loop/event-loop.ts";
+import { openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
 import { openReporter } from "./reporter.ts";
 import { serve } from "./serve.ts";
@@ -15,7 +15,7 @@ const scheduler = new LoopScheduler();
 const program = Effect.gen(function* () {
   const command = yield* parseCommandLine(process.argv.slice(2));
   if (command._tag !== "Serve") return 1;
-  const loop = yield* EventLoop.open(scheduler, os.availableParallelism());
+  const { loop } = yield* openLoop(scheduler, os.availableParallelism());
   const reporter = yield* openReporter(loop, command.verbose);
   return yield* serve(loop, reporter, command);
 });

@@ -237,13 +237,13 @@ class BlockRequest {
       return;
     }
     const last = chain.count - 1;
-    this.#statusRegion = chain.region[last]!;
-    this.#statusOffset = chain.offset[last]! + chain.length[last]! - 1;
+    this.#statusRegion = chain.region[last];
+    this.#statusOffset = chain.offset[last] + chain.length[last] - 1;
     this.#written = 1;
 
     readHeader(chain);
-    const type = header[0]!;
-    const sector = header[2]! + header[3]! * 0x100000000;
+    const type = header[0];
+    const sector = header[2] + header[3] * 0x100000000;
     this.#type = type;
     if (device.trace !== undefined) device.trace(describe(device.name, chain, type, sector));
     switch (type) {
@@ -298,13 +298,13 @@ class BlockRequest {
     let left = bytes;
     let count = 0;
     for (let i = isRead ? chain.readable : 0; left > 0; i++) {
-      const length = chain.length[i]!;
+      const length = chain.length[i];
       if (length <= skip) {
         skip -= length;
         continue;
       }
       if (count === IOVECS_MAX) return false;
-      const take = length - skip < left ? length - skip : left;
+      const take = Math.min(length - skip, left);
       this.#setIovec(count++, chain.address(i) + skip, take);
       left -= take;
       skip = 0;
@@ -324,12 +324,12 @@ class BlockRequest {
 
   #iovecAddress(index: number): number {
     const at = this.#first + index * 4;
-    return this.#iovecs[at]! + this.#iovecs[at + 1]! * 0x100000000;
+    return this.#iovecs[at] + this.#iovecs[at + 1] * 0x100000000;
   }
 
   #iovecLength(index: number): number {
     const at = this.#first + index * 4;
-    return this.#iovecs[at + 2]! + this.#iovecs[at + 3]! * 0x100000000;
+    return this.#iovecs[at + 2] + this.#iovecs[at + 3] * 0x100000000;
   }
 
   /** O_DIRECT where everything is aligned for it; else the page cache, which the kernel keeps coherent. */
@@ -490,7 +490,7 @@ class BlockRequest {
 const WINDOW_BYTES = 0x100000000;
 
 function setByte(region: MemoryRegion, offset: number, value: number): void {
-  if (offset < WINDOW_BYTES) region.bytes[0]![offset] = value;
+  if (offset < WINDOW_BYTES) region.bytes[0][offset] = value;
   else region.bytes[Math.floor(offset / WINDOW_BYTES)]![offset % WINDOW_BYTES] = value;
 }
 
@@ -500,13 +500,13 @@ const headerBytes = new Uint8Array(header.buffer);
 
 /** Copies the header out, once: a first segment that holds it aligned is the rule, anything else is legal. */
 function readHeader(chain: DescriptorChain): void {
-  const offset = chain.offset[0]!;
-  if (chain.length[0]! >= HEADER_BYTES && offset % 4 === 0 && offset + HEADER_BYTES <= WINDOW_BYTES) {
-    const words = chain.region[0]!.words[0]!;
+  const offset = chain.offset[0];
+  if (chain.length[0] >= HEADER_BYTES && offset % 4 === 0 && offset + HEADER_BYTES <= WINDOW_BYTES) {
+    const words = chain.region[0].words[0];
     const at = offset / 4;
-    header[0] = words[at]!;
-    header[2] = words[at + 2]!;
-    header[3] = words[at + 3]!;
+    header[0] = words[at];
+    header[2] = words[at + 2];
+    header[3] = words[at + 3];
     return;
   }
   chain.copyOut(0, chain.readable, 0, headerBytes);

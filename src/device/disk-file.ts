@@ -148,9 +148,9 @@ function measure(fd: number): { bytes: number; blockBytes: number } {
   if (stat.isFile()) return { bytes: stat.size, blockBytes: SECTOR_BYTES };
   const words = new Uint32Array(2);
   check(native.ioctl(fd, BLKGETSIZE64, words), "BLKGETSIZE64");
-  const bytes = words[0]! + words[1]! * 0x100000000;
+  const bytes = words[0] + words[1] * 0x100000000;
   check(native.ioctl(fd, BLKSSZGET, words), "BLKSSZGET");
-  return { bytes, blockBytes: words[0]! };
+  return { bytes, blockBytes: words[0] };
 }
 
 /**

@@ -8,11 +8,7 @@
  *
  * The process sleeps in native-shim/sleep.c, never here; a turn only says whether more work is known.
  */
-import * as Effect from "effect/Effect";
-import type * as Scope from "effect/Scope";
-import { CONTROL, errnoName, native, type Sleeper } from "../native.ts";
-import { type CompletionQueue, POLL_IN, type Slot } from "./completion-queue.ts";
-import { IoUring, IoUringUnavailable } from "./io-uring.ts";
+import type { CompletionQueue } from "./completion-queue.ts";
 import type { LoopScheduler } from "./scheduler.ts";
 
 export interface LoopMember {
@@ -49,75 +45,34 @@ export interface LoopCounters {
   spinHits: number;
 }
 
-/** What the loop asks of a queue besides the operations: where to sleep, and what that place shares. */
-export interface SleepingQueue extends CompletionQueue {
-  readonly fd: number;
-  readonly words: Float64Array;
-  readonly control: Uint32Array;
-  publish(): void;
-  close(): void;
+export interface LoopOptions {
+  /** Whether looking out for work before sleeping can pay: not with a single CPU. */
+  readonly spin: boolean;
+  /** Makes sure that a turn runs before the process sleeps. Called often: cheap. */
+  readonly wake: () => void;
 }
 
 export class EventLoop {
   readonly queue: CompletionQueue;
   readonly scheduler: LoopScheduler;
+  /** Makes sure that a turn runs before the process sleeps. */
+  readonly wake: () => void;
   readonly counters: LoopCounters = { turns: 0, laps: 0, settles: 0, spins: 0, spinHits: 0 };
 
-  readonly #sleeping: SleepingQueue;
-  readonly #control: Uint32Array;
-  readonly #sleeper: Sleeper;
-  readonly #libuvSlot: Slot;
-  readonly #libuvFd: number;
-  #libuvReady = false;
   #hot: LoopMember[] = [];
   readonly #isHot = new Set<LoopMember>();
   #workSinceSettle = 0;
+  #yielding = false;
   /** Spins that may fail before the loop stops spinning for a while; see #spin. */
   #spinCredit = 0;
   #spinRest = 0;
-  #spinAllowed: boolean;
-  #closed = false;
+  readonly #spinAllowed: boolean;
 
-  private constructor(queue: SleepingQueue, scheduler: LoopScheduler, cpus: number) {
+  constructor(queue: CompletionQueue, scheduler: LoopScheduler, options: LoopOptions) {
     this.queue = queue;
     this.scheduler = scheduler;
-    this.#sleeping = queue;
-    this.#control = queue.control;
-    this.#spinAllowed = cpus > 1;
-    this.#libuvFd = native.backendFd();
-    this.#libuvSlot = queue.claim(this.#onLibuv);
-    this.#watchLibuv();
-    this.#sleeper = native.sleepStart(queue.fd, queue.words, this.#turn);
-    scheduler.attach(this.wake);
-  }
-
-  /**
-   * Opens the loop; it ends with the scope. Members and operations must be gone by then.
-   *
-   * @param cpus how many CPUs this process may use: with one, it never spins
-   */
-  static open(
-    scheduler: LoopScheduler,
-    cpus: number,
-  ): Effect.Effect<EventLoop, IoUringUnavailable, Scope.Scope> {
-    const acquire = Effect.try({
-      try: () => new EventLoop(new IoUring(), scheduler, cpus),
-      catch: (error) => {
-        if (error instanceof IoUringUnavailable) return error;
-        throw error;
-      },
-    });
-    return Effect.acquireRelease(acquire, (loop) => Effect.sync(() => loop.#close()));
-  }
-
-  /** Makes sure that a turn runs before the process sleeps. */
-  readonly wake = (): void => {
-    this.#control[CONTROL.DIRTY] = 1;
-  };
-
-  /** How often the process went to sleep. */
-  get sleeps(): number {
-    return this.#control[CONTROL.SLEEPS]!;
+    this.#spinAllowed = options.spin;
+    this.wake = options.wake;
   }
 
   /** Counts the member among those that work in every lap, until its settle says that it is cold. */
@@ -135,41 +90,18 @@ export class EventLoop {
     this.#hot[this.#hot.indexOf(member)] = REMOVED;
   }
 
-  #close(): void {
-    this.#closed = true;
-    this.scheduler.attach(undefined);
-    native.sleepStop(this.#sleeper);
-    this.#sleeping.close();
+  /** Ends the turn that is under way after this lap: somebody outside (libuv) needs the thread. */
+  yieldSoon(): void {
+    this.#yielding = true;
   }
 
-  readonly #onLibuv = (): void => {
-    this.#libuvReady = true;
-  };
-
-  /**
-   * Arms the poll on libuv's own poll set: single-shot, armed anew after libuv had its turn. Arming looks at
-   * the present state, so an event that libuv left in its set (it bounds its own work) is not slept over; a
-   * multishot poll would tell of new events only.
-   */
-  #watchLibuv(): void {
-    this.queue.poll(this.#libuvSlot, this.#libuvFd, POLL_IN);
-  }
-
-  readonly #turn = (): void => {
-    if (this.#closed) return;
-    const control = this.#control;
-    if (control[CONTROL.LAST_ERROR] !== 0) this.#reportError(control);
-    if (this.#libuvReady) {
-      // Seen in an earlier turn: libuv has handled its events since.
-      this.#libuvReady = false;
-      this.#watchLibuv();
-    }
+  /** One turn. Whether more work is known, so that the process must not sleep before the next. */
+  turn(): boolean {
     this.counters.turns++;
-    control[CONTROL.DIRTY] = 0;
+    this.#yielding = false;
     const more = this.#laps();
-    this.#sleeping.publish();
-    control[CONTROL.DIRTY] = more || this.#libuvReady || this.scheduler.hasTasks() ? 1 : 0;
-  };
+    return more || this.scheduler.hasTasks();
+  }
 
   /** Laps until nothing is left or the turn is long enough; whether there is more to do. */
   #laps(): boolean {
@@ -183,7 +115,7 @@ export class EventLoop {
         if (this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
         continue;
       }
-      if (this.#libuvReady) return true;
+      if (this.#yielding) return true;
       if (done > 0 && this.#hot.length > 0) {
         if (this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
         continue;
@@ -199,7 +131,7 @@ export class EventLoop {
   #work(): number {
     let done = 0;
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) done += hot[i]!.work();
+    for (let i = 0; i < hot.length; i++) done += hot[i].work();
     return done;
   }
 
@@ -211,7 +143,7 @@ export class EventLoop {
     const hot = this.#hot;
     let kept = 0;
     for (let i = 0; i < hot.length; i++) {
-      const member = hot[i]!;
+      const member = hot[i];
       const state = member.settle(idle);
       if (idle && state === "cold") {
         this.#isHot.delete(member);
@@ -255,15 +187,7 @@ export class EventLoop {
   #peek(): boolean {
     if (this.queue.hasCompletions()) return true;
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) if (hot[i]!.peek()) return true;
+    for (let i = 0; i < hot.length; i++) if (hot[i].peek()) return true;
     return false;
-  }
-
-  #reportError(control: Uint32Array): void {
-    const errno = control[CONTROL.LAST_ERROR]!;
-    control[CONTROL.LAST_ERROR] = 0;
-    // EAGAIN and EBUSY say that completions must be taken first, which this turn does.
-    const name = errnoName(errno);
-    if (name !== "EAGAIN" && name !== "EBUSY") throw new Error(`io_uring_enter failed with ${name}`);
   }
 }

@@ -149,7 +149,7 @@ export class IoUring implements CompletionQueue {
   constructor() {
     const { fd, params } = openRing();
     this.fd = fd;
-    const features = params[5]!;
+    const features = params[5];
     const needed = FEAT_SINGLE_MMAP | FEAT_NODROP | FEAT_SUBMIT_STABLE | FEAT_EXT_ARG;
     if ((features & needed) !== needed) {
       native.close(fd);
@@ -158,16 +158,16 @@ export class IoUring implements CompletionQueue {
         message: `this kernel's io_uring is too old (features 0x${features.toString(16)}): Linux 5.13 or newer is needed`,
       });
     }
-    const word = (i: number): number => params[i]! / 4;
-    const sqEntries = params[0]!;
-    const cqEntries = params[1]!;
-    const ringBytes = Math.max(params[16]! + sqEntries * 4, params[25]! + cqEntries * 16);
+    const word = (i: number): number => params[i] / 4;
+    const sqEntries = params[0];
+    const cqEntries = params[1];
+    const ringBytes = Math.max(params[16] + sqEntries * 4, params[25] + cqEntries * 16);
     const ring = this.#map(fd, OFF_SQ_RING, ringBytes);
     const sqes = this.#map(fd, OFF_SQES, sqEntries * 64);
     const control = this.#map(-1, 0, 4096);
     this.#ring = new Uint32Array(ring.buffer);
     this.#sqes = new Uint32Array(sqes.buffer);
-    this.#cqes = new Int32Array(ring.buffer, params[25]!, cqEntries * CQE_WORDS);
+    this.#cqes = new Int32Array(ring.buffer, params[25], cqEntries * CQE_WORDS);
     this.control = new Uint32Array(control.buffer, 0, CONTROL.WORDS);
     this.#sqHead = word(10);
     this.#sqTail = word(11);
@@ -177,7 +177,7 @@ export class IoUring implements CompletionQueue {
     this.#sqEntries = sqEntries;
     this.#sqMask = sqEntries - 1;
     this.#cqMask = cqEntries - 1;
-    this.#tail = this.#ring[this.#sqTail]!;
+    this.#tail = this.#ring[this.#sqTail];
     this.#publishedTail = this.#tail;
     const array = word(16);
     for (let i = 0; i < sqEntries; i++) this.#ring[array + i] = i;
@@ -322,7 +322,7 @@ export class IoUring implements CompletionQueue {
   }
 
   #inRing(): number {
-    return (this.#tail - this.#ring[this.#sqHead]!) >>> 0;
+    return (this.#tail - this.#ring[this.#sqHead]) >>> 0;
   }
 
   #publish(): void {
@@ -352,7 +352,7 @@ export class IoUring implements CompletionQueue {
     let moved = 0;
     while (moved < this.#backlog.length) {
       if (this.#inRing() >= this.#sqEntries) break;
-      this.#sqes.set(this.#backlog[moved++]!, (this.#tail & this.#sqMask) * SQE_WORDS);
+      this.#sqes.set(this.#backlog[moved++], (this.#tail & this.#sqMask) * SQE_WORDS);
       this.#tail = (this.#tail + 1) >>> 0;
     }
     this.#backlog.splice(0, moved);
@@ -377,28 +377,28 @@ export class IoUring implements CompletionQueue {
   hasCompletions(): boolean {
     return (
       this.#ring[this.#cqHead] !== this.#ring[this.#cqTail] ||
-      (this.#ring[this.#sqFlags]! & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0
+      (this.#ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0
     );
   }
 
   drain(limit: number): number {
     const ring = this.#ring;
     // Deferred work (DEFER_TASKRUN) and overflowed completions reach the ring only when they are asked for.
-    if ((ring[this.#sqFlags]! & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0) this.#enter(ENTER_GETEVENTS);
-    let head = ring[this.#cqHead]!;
+    if ((ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0) this.#enter(ENTER_GETEVENTS);
+    let head = ring[this.#cqHead];
     const available = (Atomics.load(ring, this.#cqTail) - head) >>> 0;
-    const count = available < limit ? available : limit;
+    const count = Math.min(available, limit);
     const cqes = this.#cqes;
     for (let n = 0; n < count; n++) {
       const i = (head & this.#cqMask) * CQE_WORDS;
-      const slot = cqes[i]!;
-      const result = cqes[i + 2]!;
-      const more = (cqes[i + 3]! & CQE_F_MORE) !== 0;
+      const slot = cqes[i];
+      const result = cqes[i + 2];
+      const more = (cqes[i + 3] & CQE_F_MORE) !== 0;
       head = (head + 1) >>> 0;
       // The head goes first: a handler may drain no further, but it may throw.
       ring[this.#cqHead] = head;
       if (!more) this.#busy[slot] = false;
-      this.#handlers[slot]!(result, more);
+      this.#handlers[slot](result, more);
     }
     this.counters.completed += count;
     return count;

@@ -75,8 +75,8 @@ export class LoopScheduler implements Scheduler, SchedulerDispatcher {
   #bucket(priority: number): Task[] {
     const buckets = this.#buckets;
     let i = 0;
-    while (i < buckets.length && buckets[i]!.priority < priority) i++;
+    while (i < buckets.length && buckets[i].priority < priority) i++;
     if (buckets[i]?.priority !== priority) buckets.splice(i, 0, { priority, tasks: [] });
-    return buckets[i]!.tasks;
+    return buckets[i].tasks;
   }
 }

@@ -85,7 +85,7 @@ export class MemoryRegion implements RegionLayout {
   view(offset: number, length: number): MemoryView {
     const first = Math.floor(offset / WINDOW_BYTES);
     const last = Math.floor((offset + length - 1) / WINDOW_BYTES);
-    if (first === last) return { buffer: this.#windows[first]!, byteOffset: offset % WINDOW_BYTES };
+    if (first === last) return { buffer: this.#windows[first], byteOffset: offset % WINDOW_BYTES };
     // It straddles two windows: one of its own, detached with the others.
     return { buffer: this.#window(offset, length), byteOffset: 0 };
   }
@@ -147,7 +147,7 @@ export class GuestMemory {
   regionAt(guestAddress: number): MemoryRegion | undefined {
     const regions = this.regions;
     for (let i = 0; i < regions.length; i++) {
-      const region = regions[i]!;
+      const region = regions[i];
       if (guestAddress >= region.guestBase && guestAddress < region.guestEnd) return region;
     }
     return undefined;
@@ -184,11 +184,11 @@ export class GuestMemory {
   }
 
   pin(): void {
-    for (let i = 0; i < this.regions.length; i++) this.regions[i]!.pin();
+    for (let i = 0; i < this.regions.length; i++) this.regions[i].pin();
   }
 
   unpin(): void {
-    for (let i = 0; i < this.regions.length; i++) this.regions[i]!.unpin();
+    for (let i = 0; i < this.regions.length; i++) this.regions[i].unpin();
   }
 
   close(): void {
@@ -199,7 +199,7 @@ export class GuestMemory {
 function checkOverlap(regions: readonly MemoryRegion[], base: "guestBase" | "userBase"): void {
   const sorted = [...regions].sort((a, b) => a[base] - b[base]);
   for (let i = 1; i < sorted.length; i++) {
-    const [a, b] = [sorted[i - 1]!, sorted[i]!];
+    const [a, b] = [sorted[i - 1], sorted[i]];
     if (a[base] + a.size > b[base]) {
       const kind = base === "guestBase" ? "guest-physical" : "user";
       throw new MemoryError({

@@ -55,7 +55,7 @@ export class DescriptorChain {
 
   /** Host address of a segment's first byte. */
   address(segment: number): number {
-    return this.region[segment]!.hostBase + this.offset[segment]!;
+    return this.region[segment].hostBase + this.offset[segment];
   }
 
   /**
@@ -67,13 +67,13 @@ export class DescriptorChain {
     let copied = 0;
     let at = skip;
     for (let i = from; i < to && copied < into.length; i++) {
-      const length = this.length[i]!;
+      const length = this.length[i];
       if (at >= length) {
         at -= length;
         continue;
       }
       const take = Math.min(length - at, into.length - copied);
-      copyRegion(this.region[i]!, this.offset[i]! + at, take, into, copied, false);
+      copyRegion(this.region[i], this.offset[i] + at, take, into, copied, false);
       copied += take;
       at = 0;
     }
@@ -85,13 +85,13 @@ export class DescriptorChain {
     let copied = 0;
     let at = skip;
     for (let i = this.readable; i < this.count && copied < from.length; i++) {
-      const length = this.length[i]!;
+      const length = this.length[i];
       if (at >= length) {
         at -= length;
         continue;
       }
       const take = Math.min(length - at, from.length - copied);
-      copyRegion(this.region[i]!, this.offset[i]! + at, take, from, copied, true);
+      copyRegion(this.region[i], this.offset[i] + at, take, from, copied, true);
       copied += take;
       at = 0;
     }

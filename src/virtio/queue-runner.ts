@@ -193,7 +193,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     let served = 0;
     try {
       const available = this.#queue.countAvailable();
-      this.#available = available < this.#batch ? available : this.#batch;
+      this.#available = Math.min(available, this.#batch);
       served = this.#service.serve(this.#available);
     } catch (error) {
       if (!(error instanceof VirtqueueFault)) throw error;

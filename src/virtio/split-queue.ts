@@ -100,7 +100,7 @@ export class SplitQueue {
     this.#chainMax = Math.max(size, CHAIN_DESCRIPTORS_MAX);
     this.#taken = new Uint8Array(size);
     this.nextAvailable = layout.nextAvailable & 0xffff;
-    this.nextUsed = this.#used[1]!;
+    this.nextUsed = this.#used[1];
     this.#publishedUsed = this.nextUsed;
     this.#signalledUsed = this.nextUsed;
   }
@@ -142,7 +142,7 @@ export class SplitQueue {
    * @throws VirtqueueFault when the chain breaks a rule; the queue must then not be used any more
    */
   take(chain: DescriptorChain): void {
-    const head = this.#available[2 + (this.nextAvailable & this.#mask)]!;
+    const head = this.#available[2 + (this.nextAvailable & this.#mask)];
     if (head >= this.size) throw this.#fault(`head ${head} is outside the queue of ${this.size}`);
     if (this.#taken[head] === 1) throw this.#fault(`head ${head} was made available while still in use`);
     chain.clear(head);
@@ -167,10 +167,10 @@ export class SplitQueue {
       if (steps === size)
         throw this.#fault(`chain of head ${chain.head} has a loop: ${steps} descriptors and no end`);
       const at = i * 4;
-      const low = table[at]!;
-      const high = table[at + 1]!;
-      const length = table[at + 2]!;
-      const word = table[at + 3]!;
+      const low = table[at];
+      const high = table[at + 1];
+      const length = table[at + 2];
+      const word = table[at + 3];
       const flags = word & 0xffff;
       const next = word >>> 16;
       const address = low + high * 0x100000000;
@@ -235,7 +235,7 @@ export class SplitQueue {
         );
       }
       const room = region.guestEnd - from;
-      const take = left < room ? left : room;
+      const take = Math.min(left, room);
       if (!chain.push(region, from - region.guestBase, take, writable)) {
         throw this.#fault(`chain of head ${chain.head} has more than ${chain.count} segments`);
       }
@@ -275,8 +275,8 @@ export class SplitQueue {
    * which decides nothing: see shouldInterrupt.
    */
   isArmed(): boolean {
-    if (!this.#eventIdx) return (this.#available[0]! & AVAIL_F_NO_INTERRUPT) === 0;
-    return this.#crossed(this.#available[2 + this.size]!);
+    if (!this.#eventIdx) return (this.#available[0] & AVAIL_F_NO_INTERRUPT) === 0;
+    return this.#crossed(this.#available[2 + this.size]);
   }
 
   /**
@@ -361,7 +361,7 @@ function copyWords(region: MemoryRegion, offset: number, count: number, into: Ui
   const start = offset % WINDOW_BYTES;
   if (start % 4 === 0 && start / 4 + count <= window.length) {
     const first = start / 4;
-    for (let i = 0; i < count; i++) into[i] = window[first + i]!;
+    for (let i = 0; i < count; i++) into[i] = window[first + i];
     return;
   }
   const byte = (at: number): number => region.bytes[Math.floor(at / WINDOW_BYTES)]![at % WINDOW_BYTES]!;

@@ -160,13 +160,13 @@ export class Connection {
                   ? Effect.succeed<Message>({
                       ...header,
                       payload: new DataView(payload.buffer),
-                      fds: [...fds.subarray(1, 1 + fds[0]!)],
+                      fds: [...fds.subarray(1, 1 + fds[0])],
                     })
                   : fail(`the front-end left in the middle of ${requestName(header.request)}`),
               ),
             );
           }),
-          Effect.tapError(() => Effect.sync(() => closeAll([...fds.subarray(1, 1 + fds[0]!)]))),
+          Effect.tapError(() => Effect.sync(() => closeAll([...fds.subarray(1, 1 + fds[0])]))),
         );
       }),
     );
@@ -181,7 +181,7 @@ export class Connection {
       let done = 0;
       while (done < into.length) {
         const got = native.receive(fd, into, done, into.length - done, scratch);
-        if (scratch[0]! > 0) takeFds(scratch, fds);
+        if (scratch[0] > 0) takeFds(scratch, fds);
         if (got > 0) done += got;
         else if (got === 0 || got === -ERRNO.ECONNRESET) {
           if (done === 0 && fds !== undefined) return false;
@@ -458,9 +458,9 @@ function openMemory(table: readonly RegionMessage[], fds: readonly number[]): Gu
   const regions: MemoryRegion[] = [];
   try {
     table.forEach((entry, i) => {
-      checkMemoryFile(fds[i]!, entry);
+      checkMemoryFile(fds[i], entry);
       regions.push(
-        new MemoryRegion(fds[i]!, {
+        new MemoryRegion(fds[i], {
           guestBase: entry.guestAddress,
           size: entry.size,
           userBase: entry.userAddress,
@@ -514,10 +514,10 @@ function expectSignal(name: string, fd: number): void {
 }
 
 function takeFds(from: Int32Array, into: Int32Array | undefined): void {
-  const received = [...from.subarray(1, 1 + from[0]!)];
+  const received = [...from.subarray(1, 1 + from[0])];
   from[0] = 0;
   // Descriptors in the middle of a message belong to nothing.
-  if (into === undefined || into[0]! > 0) closeAll(received);
+  if (into === undefined || into[0] > 0) closeAll(received);
   else {
     into[0] = received.length;
     into.set(received, 1);

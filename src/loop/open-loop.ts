@@ -1,0 +1,93 @@
+/**
+ * Opens the event loop of this process: an io_uring, the turn, and the place where the process sleeps.
+ *
+ * libuv goes on inside it: its poll set is watched by the ring, its timers bound the sleep, and every turn ends
+ * in time for its phases (native-shim/sleep.c).
+ */
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import { CONTROL, errnoName, native } from "../native.ts";
+import { POLL_IN } from "./completion-queue.ts";
+import { EventLoop } from "./event-loop.ts";
+import { IoUring, IoUringUnavailable } from "./io-uring.ts";
+import type { LoopScheduler } from "./scheduler.ts";
+
+export interface OpenLoop {
+  readonly loop: EventLoop;
+  /** How often the process went to sleep so far. */
+  readonly sleeps: () => number;
+}
+
+/**
+ * Opens the loop; it ends with the scope. Members and operations must be gone by then.
+ *
+ * @param cpus how many CPUs this process may use: with one, the loop never spins
+ */
+export function openLoop(
+  scheduler: LoopScheduler,
+  cpus: number,
+): Effect.Effect<OpenLoop, IoUringUnavailable, Scope.Scope> {
+  const openRing = Effect.try({
+    try: () => new IoUring(),
+    catch: (error) => {
+      if (error instanceof IoUringUnavailable) return error;
+      throw error;
+    },
+  });
+  return Effect.gen(function* () {
+    const ring = yield* Effect.acquireRelease(openRing, (opened) => Effect.sync(() => opened.close()));
+    const { control } = ring;
+    const loop = new EventLoop(ring, scheduler, {
+      spin: cpus > 1,
+      wake: () => {
+        control[CONTROL.DIRTY] = 1;
+      },
+    });
+    yield* Effect.acquireRelease(
+      Effect.sync(() => sleepInRing(ring, loop)),
+      (stop) => Effect.sync(stop),
+    );
+    return { loop, sleeps: () => control[CONTROL.SLEEPS] };
+  });
+}
+
+/** Connects ring, loop and native-shim's sleeping place; returns what takes them apart. */
+function sleepInRing(ring: IoUring, loop: EventLoop): () => void {
+  const { control } = ring;
+  const libuvFd = native.backendFd();
+  let libuvReady = false;
+  let stopped = false;
+  const libuvSlot = ring.claim(() => {
+    libuvReady = true;
+    loop.yieldSoon();
+  });
+  // Single-shot, and armed anew after libuv had its turn: arming looks at the present state, so an event that
+  // libuv left in its set (it bounds its own work) is not slept over. A multishot tells of new events only.
+  ring.poll(libuvSlot, libuvFd, POLL_IN);
+  const turn = (): void => {
+    if (stopped) return;
+    if (control[CONTROL.LAST_ERROR] !== 0) takeError(control);
+    if (libuvReady) {
+      libuvReady = false;
+      ring.poll(libuvSlot, libuvFd, POLL_IN);
+    }
+    control[CONTROL.DIRTY] = 0;
+    const more = loop.turn();
+    ring.publish();
+    control[CONTROL.DIRTY] = more || libuvReady ? 1 : 0;
+  };
+  const sleeper = native.sleepStart(ring.fd, ring.words, turn);
+  loop.scheduler.attach(loop.wake);
+  return () => {
+    stopped = true;
+    loop.scheduler.attach(undefined);
+    native.sleepStop(sleeper);
+  };
+}
+
+/** The sleeping io_uring_enter failed. EAGAIN and EBUSY say: take completions first, as the turn does. */
+function takeError(control: Uint32Array): void {
+  const name = errnoName(control[CONTROL.LAST_ERROR]);
+  control[CONTROL.LAST_ERROR] = 0;
+  if (name !== "EAGAIN" && name !== "EBUSY") throw new Error(`io_uring_enter failed with ${name}`);
+}

@@ -1,0 +1,160 @@
+/**
+ * QEMU as a vhost-user front-end: boots Debian's cloud kernel with a shell script as its only program.
+ *
+ * The CPU is emulated (TCG), so this runs anywhere; a boot takes some seconds.
+ */
+import { once } from "node:events";
+import * as fs from "node:fs/promises";
+import * as os from "node:os";
+import * as path from "node:path";
+import type { ExecutionContext } from "ava";
+import { type CpioEntry, writeCpio } from "../../src/boot/cpio.ts";
+import { type Exit, startChild, within } from "./child.ts";
+import { type CloudKernel, cloudKernel } from "./cloud-kernel.ts";
+import { findOnPath, type Program } from "./prerequisites.ts";
+
+/** For `testWith`. */
+export const qemuPrograms: readonly Program[] = [
+  ["qemu-system-x86_64", "qemu-system-x86"],
+  ["busybox", "busybox-static"],
+  ["apt-get", "apt"],
+  ["dpkg", "dpkg"],
+];
+
+export interface QemuOptions {
+  /** vhost-user-blk sockets, in the order of vda, vdb …; somebody has to listen at each already. */
+  readonly sockets: readonly string[];
+  /**
+   * What the guest runs, with busybox's sh, as root, when all disks are there. It powers off at its end.
+   * `reboot -f` resets the guest, and the script runs again from its start.
+   */
+  readonly script: string;
+  readonly memoryMiB?: number;
+  /** For everything together, boots included. Default 120 s. */
+  readonly timeoutMs?: number;
+  /** Called with each line of the script's output while the guest runs. */
+  readonly onLine?: (line: string) => void;
+}
+
+export interface QemuResult {
+  /** QEMU's own exit: status 0 after a power-off. */
+  readonly exit: Exit;
+  /** What the script printed, one array a boot. */
+  readonly boots: readonly (readonly string[])[];
+  /** The exit status of the script of the last boot; undefined when the guest did not get that far. */
+  readonly status: number | undefined;
+  /** All that came over the serial line, and QEMU's own messages: for a failure's message. */
+  readonly transcript: string;
+}
+
+const begin = "----- the script begins";
+const end = "----- the script ends with ";
+
+/**
+ * Runs one QEMU until the guest powers off. Rejects when it takes longer than the timeout and when the guest's
+ * kernel panics; in both cases, and when the test ends, QEMU is killed.
+ */
+export const runQemu = async (t: ExecutionContext, options: QemuOptions): Promise<QemuResult> => {
+  const folder = await fs.mkdtemp(path.join(os.tmpdir(), "loopguest-qemu-"));
+  t.teardown(() => fs.rm(folder, { recursive: true, force: true }));
+  const kernel = await cloudKernel();
+  const initramfs = path.join(folder, "initramfs");
+  await fs.writeFile(initramfs, await makeInitramfs(kernel, options));
+
+  const boots: string[][] = [];
+  let status: number | undefined;
+  let inScript = false;
+  const panic = new AbortController();
+  const onLine = (line: string): void => {
+    if (line === begin) {
+      boots.push([]);
+      inScript = true;
+    } else if (line.startsWith(end)) {
+      status = Number(line.slice(end.length));
+      inScript = false;
+    } else if (line.includes("Kernel panic")) {
+      panic.abort();
+    } else if (inScript) {
+      boots[boots.length - 1].push(line);
+      options.onLine?.(line);
+    }
+  };
+  const qemu = startChild(t, "qemu-system-x86_64", qemuArguments(kernel, initramfs, options), { onLine });
+  const transcript = (): string => `${qemu.stdout()}\n${qemu.stderr()}`;
+  try {
+    const panicked = once(panic.signal, "abort").then((): never => {
+      throw new Error(`the guest's kernel panicked\n${transcript()}`);
+    });
+    const exit = await within(
+      options.timeoutMs ?? 120_000,
+      () => `the guest has not powered off\n${transcript()}`,
+      Promise.race([qemu.exited, panicked]),
+    );
+    return { exit, boots, status, transcript: transcript() };
+  } finally {
+    await qemu.kill();
+  }
+};
+
+const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOptions): string[] => {
+  const memoryMiB = options.memoryMiB ?? 256;
+  return [
+    ...["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-accel", "tcg"],
+    ...["-m", String(memoryMiB), "-machine", "q35,memory-backend=ram"],
+    // vhost-user needs memory that another process can map.
+    ...["-object", `memory-backend-memfd,id=ram,size=${memoryMiB}M,share=on`],
+    ...["-kernel", kernel.image, "-initrd", initramfs],
+    ...["-append", "console=ttyS0 quiet panic=0 rdinit=/init"],
+    ...options.sockets.flatMap((socket, index) => [
+      ...["-chardev", `socket,id=c${index},path=${socket}`],
+      ...["-device", `vhost-user-blk-pci,chardev=c${index},num-queues=1`],
+    ]),
+  ];
+};
+
+/** In the order in which they can be loaded; Debian's package has no modules.dep. */
+const modules = [
+  "drivers/virtio/virtio_ring.ko",
+  "drivers/virtio/virtio.ko",
+  "drivers/virtio/virtio_pci_modern_dev.ko",
+  "drivers/virtio/virtio_pci_legacy_dev.ko",
+  "drivers/virtio/virtio_pci.ko",
+  "drivers/block/virtio_blk.ko",
+];
+
+const makeInitramfs = async (kernel: CloudKernel, options: QemuOptions): Promise<Buffer> => {
+  const busybox = findOnPath("busybox");
+  if (busybox === undefined) throw new Error("busybox is missing: install the Debian package busybox-static");
+  const moduleFiles = modules.map(async (name): Promise<CpioEntry> => {
+    const data = await fs.readFile(path.join(kernel.modulesDir, "kernel", name));
+    return { kind: "file", path: `modules/${path.basename(name)}`, data };
+  });
+  return writeCpio([
+    { kind: "file", path: "bin/busybox", data: await fs.readFile(busybox), mode: 0o755 },
+    { kind: "file", path: "init", data: Buffer.from(initScript(options.sockets.length)), mode: 0o755 },
+    { kind: "file", path: "script", data: Buffer.from(options.script) },
+    // The kernel opens the console for init before devtmpfs is mounted.
+    { kind: "character-device", path: "dev/console", major: 5, minor: 1 },
+    ...["proc", "sys", "tmp"].map((folder): CpioEntry => ({ kind: "directory", path: folder })),
+    ...(await Promise.all(moduleFiles)),
+  ]);
+};
+
+const initScript = (disks: number): string => `#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for module in ${modules.map((name) => path.basename(name)).join(" ")}; do insmod /modules/$module; done
+tries=0
+while [ "$(ls -d /sys/block/vd* 2>/dev/null | wc -l)" -lt ${disks} ] && [ $tries -lt 100 ]; do
+  tries=$((tries + 1))
+  usleep 100000
+done
+echo '${begin}'
+sh /script 2>&1
+echo "${end}$?"
+sync
+poweroff -f
+`;
