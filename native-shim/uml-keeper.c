@@ -10,7 +10,7 @@
  *
  *   fd 0   the lifeline. At its end of file the whole guest is killed.
  *   fd 1   becomes the guest's stdout and stderr.
- *   fd 3   one line at the end (if open):
+ *   fd 3   two lines (if open), "started PID" with the number of the guest's process group, and at the end:
  *            "exited N"      the guest's first process left with status N
  *            "signalled N"   it was ended by signal N
  *            "stopped"       the lifeline ended, so we killed it
@@ -354,6 +354,7 @@ int main(int argc, char **argv)
 		report("failed %s: %s", argv[3], strerror(error));
 		return 127;
 	}
+	report("started %d", guest);
 	bool ended = keep(guest, signal_fd, &info);
 	return finish(guest, ended, &info);
 }

@@ -1,27 +1,70 @@
 /** The entry: reads the command line, puts the pieces together, and leaves with the right status. */
+import * as fs from "node:fs";
 import * as os from "node:os";
 import * as Cause from "effect/Cause";
 import * as Effect from "effect/Effect";
 import * as Exit from "effect/Exit";
 import * as Fiber from "effect/Fiber";
-import { parseCommandLine, usageText } from "./cli/command-line.ts";
+import { parseCommandLine, type RunCommand, type ServeCommand, usageText } from "./cli/command-line.ts";
+import { diagnose, renderJson, renderText } from "./cli/doctor.ts";
+import type { Services } from "./devices.ts";
+import { findUmlKernel } from "./hypervisor/uml-kernel.ts";
+import { probeIoUring } from "./loop/io-uring.ts";
 import { openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
 import { openReporter } from "./reporter.ts";
+import { run } from "./run.ts";
 import { serve } from "./serve.ts";
+import { writeStats } from "./stats.ts";
+import { version } from "./version.ts";
+
+const USAGE_STATUS = 2;
+const FAILURE_STATUS = 1;
 
 const scheduler = new LoopScheduler();
 
 const program = Effect.gen(function* () {
   const command = yield* parseCommandLine(process.argv.slice(2));
-  if (command._tag !== "Serve") return 1;
-  const { loop } = yield* openLoop(scheduler, os.availableParallelism());
-  const reporter = yield* openReporter(loop, command.verbose);
-  return yield* serve(loop, reporter, command);
+  switch (command._tag) {
+    case "Help":
+      return printed(command.text);
+    case "Version":
+      return printed(`${version}\n`);
+    case "Doctor":
+      return yield* doctor(command.json);
+    case "Run":
+    case "Serve":
+      return yield* Effect.scoped(withLoop(command));
+  }
 });
 
-const fiber = Effect.runFork(Effect.scoped(program), { scheduler });
+/** Opens the loop and what goes with it, then runs the guest or serves. */
+function withLoop(command: RunCommand | ServeCommand) {
+  return Effect.gen(function* () {
+    const opened = yield* openLoop(scheduler, os.availableParallelism());
+    const reporter = yield* openReporter(opened.loop, command.verbose);
+    const services: Services = { opened, reporter, stats: [] };
+    yield* writeStats(opened, services.stats, command.stats);
+    return yield* command._tag === "Run" ? run(services, command) : serve(services, command);
+  });
+}
 
+function doctor(json: boolean) {
+  const kernel = findUmlKernel().pipe(Effect.orElseSucceed(() => undefined));
+  return Effect.map(diagnose({ ioUring: () => probeIoUring()?.message, umlKernel: kernel }), (report) => {
+    printed(json ? renderJson(report) : renderText(report));
+    return report.ready ? 0 : FAILURE_STATUS;
+  });
+}
+
+function printed(text: string): number {
+  fs.writeSync(process.stdout.fd, text.endsWith("\n") ? text : `${text}\n`);
+  return 0;
+}
+
+const fiber = Effect.runFork(program, { scheduler });
+
+// The first signal ends things in order: devices, guest, terminal. A second one ends us as it would any program.
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
   process.once(signal, () => {
     process.exitCode = 128 + os.constants.signals[signal];
@@ -32,8 +75,9 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
 fiber.addObserver((exit) => {
   if (Exit.isSuccess(exit)) process.exit(exit.value);
   if (Cause.hasInterruptsOnly(exit.cause)) process.exit();
-  const error = Cause.squash(exit.cause) as Error & { _tag?: string };
-  process.stderr.write(`loopguest: ${error._tag ? error.message : (error.stack ?? error.message)}\n`);
-  if (error._tag === "UsageError") process.stderr.write(usageText);
-  process.exit(error._tag === "UsageError" ? 2 : 1);
+  const error = Cause.squash(exit.cause) as Error & { readonly _tag?: string };
+  const text = error._tag === undefined ? (error.stack ?? error.message) : error.message;
+  const usage = error._tag === "UsageError";
+  fs.writeSync(process.stderr.fd, `loopguest: ${text}\n${usage ? usageText : ""}`);
+  process.exit(usage ? USAGE_STATUS : FAILURE_STATUS);
 });

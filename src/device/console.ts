@@ -70,6 +70,10 @@ export class ConsoleDevice implements VirtioDevice {
   #controlPort: QueuePort | undefined;
   /** Ports whose guest side is ready for control messages. */
   readonly #ready = new Set<number>();
+  /** Ports that somebody in the guest has open. */
+  readonly #guestOpen = new Set<number>();
+  readonly #inputs: (InputService | undefined)[] = [];
+  readonly #outputs: (OutputService | undefined)[] = [];
 
   /** One port makes a plain console, more a multiport device. */
   constructor(
@@ -113,14 +117,44 @@ export class ConsoleDevice implements VirtioDevice {
     // Port 0 has queues 0 and 1, port n queues 2n + 2 and 2n + 3 (section 5.3.2).
     const number = index < 2 ? 0 : (index >> 1) - 1;
     const target = this.ports[number];
-    if (index % 2 === 1) return new OutputService(port, target.output);
-    return new InputService(port, target.input, () => this.#onInputEnd(number));
+    if (index % 2 === 1) {
+      const output = new OutputService(port, target.output);
+      this.#outputs[number] = output;
+      return output;
+    }
+    // A driver forgets what comes for a port that nobody has open; a lone console is always open.
+    const isOpen = (): boolean => this.ports.length === 1 || this.#guestOpen.has(number);
+    const input = new InputService(port, target.input, isOpen, () => this.closePort(number));
+    this.#inputs[number] = input;
+    return input;
+  }
+
+  /** Calls back when everything that the guest has written to these ports so far has been written out. */
+  whenWritten(ports: readonly number[], done: () => void): void {
+    let left = 1;
+    const one = (): void => {
+      left--;
+      if (left === 0) done();
+    };
+    for (const number of ports) {
+      const output = this.#outputs[number];
+      if (output === undefined) continue;
+      left++;
+      output.whenIdle(one);
+    }
+    one();
+  }
+
+  /** Closes our side: the guest's reader sees the end of file, its writer EPIPE. */
+  closePort(id: number): void {
+    if (this.#ready.has(id)) this.#send(id, CONTROL_EVENT.PORT_OPEN, 0);
   }
 
   /** A fresh receive queue for control messages: a fresh driver, which is told everything anew. */
   #openControl(port: QueuePort): QueueService {
     this.#control.length = 0;
     this.#ready.clear();
+    this.#guestOpen.clear();
     this.#controlPort = port;
     return new SentControl(port, this.#control);
   }
@@ -144,13 +178,17 @@ export class ConsoleDevice implements VirtioDevice {
   #onControl(id: number, event: number, value: number): void {
     this.trace?.(`${this.name}: control event ${event}, port ${id}, value ${value}`);
     if (event === CONTROL_EVENT.DEVICE_READY) {
-      if (value === 1) this.ports.forEach((_, i) => this.#send(i, CONTROL_EVENT.DEVICE_ADD, 1));
+      for (let i = 0; value === 1 && i < this.ports.length; i++) this.#send(i, CONTROL_EVENT.DEVICE_ADD, 1);
       return;
     }
     const port = this.ports[id];
     // Somebody else's port: the driver may talk of it, we have nothing to say.
     if (port === undefined) return;
     if (event === CONTROL_EVENT.PORT_READY && value === 1) this.#onPortReady(id, port);
+    if (event !== CONTROL_EVENT.PORT_OPEN) return;
+    if (value === 0) this.#guestOpen.delete(id);
+    else this.#guestOpen.add(id);
+    this.#inputs[id]?.wake();
   }
 
   #onPortReady(id: number, port: ConsolePort): void {
@@ -158,12 +196,7 @@ export class ConsoleDevice implements VirtioDevice {
     if (port.isConsole) this.#send(id, CONTROL_EVENT.CONSOLE_PORT, 1);
     if (port.name !== undefined) this.#send(id, CONTROL_EVENT.PORT_NAME, 1, port.name);
     // Open on our side: a reader of a port that is closed would see its end at once.
-    this.#send(id, CONTROL_EVENT.PORT_OPEN, port.input?.isAtEnd ? 0 : 1);
-  }
-
-  /** The guest has taken all input: closing our side is the end of file for its reader. */
-  #onInputEnd(id: number): void {
-    if (this.#ready.has(id)) this.#send(id, CONTROL_EVENT.PORT_OPEN, 0);
+    this.#send(id, CONTROL_EVENT.PORT_OPEN, 1);
   }
 }
 
@@ -171,13 +204,15 @@ export class ConsoleDevice implements VirtioDevice {
 class InputService implements QueueService {
   readonly #port: QueuePort;
   readonly #input: HostInput | undefined;
+  readonly #isOpen: () => boolean;
   readonly #onEnd: () => void;
   readonly #chain: DescriptorChain;
   #endTold = false;
 
-  constructor(port: QueuePort, input: HostInput | undefined, onEnd: () => void) {
+  constructor(port: QueuePort, input: HostInput | undefined, isOpen: () => boolean, onEnd: () => void) {
     this.#port = port;
     this.#input = input;
+    this.#isOpen = isOpen;
     this.#onEnd = onEnd;
     this.#chain = new DescriptorChain(port.segmentsMax);
     if (input !== undefined) {
@@ -186,10 +221,15 @@ class InputService implements QueueService {
     }
   }
 
+  /** Somebody in the guest opened or closed the port. */
+  wake(): void {
+    this.#port.wake();
+  }
+
   serve(limit: number): number {
     const input = this.#input;
     const chain = this.#chain;
-    if (input === undefined) return 0;
+    if (input === undefined || !this.#isOpen()) return 0;
     let served = 0;
     while (served < limit && input.peek().length > 0 && this.#port.take(chain)) {
       served++;
@@ -226,6 +266,7 @@ class OutputService implements QueueService {
   #first = 0;
   #count = 0;
   #gone = false;
+  #onIdle: (() => void)[] = [];
 
   constructor(port: QueuePort, output: ConsoleOutput | undefined) {
     this.#port = port;
@@ -257,6 +298,19 @@ class OutputService implements QueueService {
     if (this.#count > 0) this.#write();
     else this.#completeAll();
     return served;
+  }
+
+  /** Calls back when nothing of the guest's output is left to write. */
+  whenIdle(done: () => void): void {
+    this.#onIdle.push(done);
+    this.#checkIdle();
+  }
+
+  #checkIdle(): void {
+    if (this.#onIdle.length === 0 || this.#heads.length > 0 || this.#port.hasAvailable) return;
+    const waiting = this.#onIdle;
+    this.#onIdle = [];
+    for (const done of waiting) done();
   }
 
   /** Hands the bytes to a function, or to nobody. */
@@ -332,6 +386,7 @@ class OutputService implements QueueService {
   #completeAll(): void {
     for (const head of this.#heads) this.#port.complete(head, 0);
     this.#heads.length = 0;
+    this.#checkIdle();
   }
 
   /** A reader of our stdout that does not read must not hold up the guest's end. */

@@ -18,6 +18,8 @@ export interface QueuePort {
   /** The features that the driver accepted. */
   readonly features: bigint;
   readonly loop: EventLoop;
+  /** Whether the driver has made something available that was not taken; a plain look. */
+  readonly hasAvailable: boolean;
 
   /**
    * Takes the next chain into `chain`; false when there is none (or the queue is being stopped).

@@ -101,6 +101,10 @@ export class QueueRunner implements LoopMember, QueuePort {
     return this.#queue.segmentsMax;
   }
 
+  get hasAvailable(): boolean {
+    return this.#queue.hasAvailable();
+  }
+
   /** The avail index that a successor has to go on from. Only after stop. */
   get nextAvailable(): number {
     return this.#queue.nextAvailable;

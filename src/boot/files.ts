@@ -1,0 +1,16 @@
+/** Where the two small programs are that native-shim builds besides the addon. */
+import { artefactPath } from "../native.ts";
+
+/**
+ * The first process of the default guest (native-shim/guest-init.c), a static executable.
+ *
+ * @throws Error when native-shim is not built
+ */
+export const guestInitPath = (): string => artefactPath("guest-init");
+
+/**
+ * The parent of a User-Mode Linux guest (native-shim/uml-keeper.c), a static executable.
+ *
+ * @throws Error when native-shim is not built
+ */
+export const umlKeeperPath = (): string => artefactPath("uml-keeper");

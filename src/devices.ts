@@ -1,0 +1,51 @@
+/** Makes the devices that the command line describes, the same for a guest of ours and for another's. */
+import { resolve } from "node:path";
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import type { BlockDescription } from "./cli/command-line.ts";
+import { BlockDevice } from "./device/block.ts";
+import { type DiskError, openDisk } from "./device/disk-file.ts";
+import type { OpenLoop } from "./loop/open-loop.ts";
+import type { Reporter } from "./reporter.ts";
+import type { StatsRegistry } from "./stats.ts";
+import { listen, type SocketError, type VhostUserServer } from "./transport/vhost-user/server.ts";
+import type { VirtioDevice } from "./virtio/device.ts";
+
+/** What everything that serves devices needs. */
+export interface Services {
+  readonly opened: OpenLoop;
+  readonly reporter: Reporter;
+  readonly stats: StatsRegistry;
+}
+
+/** "vda", "vdb", … "vdz", "vdaa", as Linux names them. */
+export function diskName(index: number): string {
+  const letters = "abcdefghijklmnopqrstuvwxyz";
+  const rest = Math.floor(index / 26);
+  return `${rest > 0 ? diskName(rest - 1) : "vd"}${letters[index % 26]}`.replace(/^(vd)+/, "vd");
+}
+
+/** Opens the disk and makes the device. */
+export function openBlock(
+  services: Services,
+  block: BlockDescription,
+  index: number,
+): Effect.Effect<BlockDevice, DiskError, Scope.Scope> {
+  const disk = openDisk(services.opened.loop, { ...block, file: resolve(block.file) });
+  return Effect.map(disk, (opened) => new BlockDevice(diskName(index), opened, services.reporter.trace));
+}
+
+/** Serves a device on a socket until the scope ends. */
+export function serveAt(
+  services: Services,
+  device: VirtioDevice,
+  path: string,
+): Effect.Effect<VhostUserServer, SocketError, Scope.Scope> {
+  const { opened, reporter, stats } = services;
+  const { report, trace } = reporter;
+  return Effect.map(listen({ loop: opened.loop, device, report, trace, path }), (server) => {
+    const block = device instanceof BlockDevice ? { block: device.counters } : {};
+    stats.push({ name: device.name, queues: server.counters, ...block });
+    return server;
+  });
+}
