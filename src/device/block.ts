@@ -56,6 +56,8 @@ const IOVECS_MAX = SEG_MAX + 34;
 const IOVEC_BYTES = 16;
 /** Ranges in one DISCARD or WRITE_ZEROES. */
 const RANGES_MAX = 16;
+/** Numbers kept for each. */
+const RANGE_WORDS = 3;
 /** Sectors in one such range: 1 GiB keeps a single fallocate short. */
 const RANGE_SECTORS_MAX = 0x200000;
 
@@ -214,7 +216,7 @@ class BlockRequest {
   /** Where the status byte goes. */
   #statusRegion: MemoryRegion | undefined;
   #statusOffset = 0;
-  /** Ranges of DISCARD and WRITE_ZEROES still to do: offset, length, mode. */
+  /** Ranges of DISCARD and WRITE_ZEROES still to do, the next one last: mode, length, offset. */
   readonly #ranges: number[] = [];
 
   constructor(service: BlockService, head: number, iovecs: Uint32Array, first: number, address: number) {
@@ -373,6 +375,7 @@ class BlockRequest {
     } else if (result < 0) {
       this.#finish(BLK_S.IOERR);
     } else if (this.#ranges.length > 0) {
+      this.#ranges.length -= RANGE_WORDS;
       this.#nextRange();
     } else {
       this.#finish(BLK_S.OK);
@@ -383,7 +386,7 @@ class BlockRequest {
     const { loop, disk } = this.#service;
     if (this.#type === BLK_T.FLUSH) loop.queue.datasync(this.slot, disk.fd);
     else if (this.#type === BLK_T.IN || this.#type === BLK_T.OUT) this.#transfer();
-    else this.#finish(BLK_S.IOERR);
+    else this.#nextRange();
   }
 
   /** A short read or write: go on behind it. */
@@ -439,7 +442,7 @@ class BlockRequest {
     const ranges = this.#ranges;
     ranges.length = 0;
     let status: number = BLK_S.OK;
-    // Pushed last to first, because they are popped.
+    // Pushed last to first, because they are done from the end.
     for (let at = (count - 1) * RANGE_BYTES; at >= 0; at -= RANGE_BYTES) {
       const sector = view.getUint32(at, true) + view.getUint32(at + 4, true) * 0x100000000;
       const sectors = view.getUint32(at + 8, true);
@@ -458,15 +461,14 @@ class BlockRequest {
     return status;
   }
 
+  /** Starts the last range of the list; it is taken off when it is done. */
   #nextRange(): void {
     const ranges = this.#ranges;
     if (ranges.length === 0) {
       this.#finish(BLK_S.OK);
       return;
     }
-    const offset = ranges.pop()!;
-    const length = ranges.pop()!;
-    const mode = ranges.pop()!;
+    const [mode, length, offset] = ranges.slice(-RANGE_WORDS);
     this.#service.loop.queue.allocate(this.slot, this.#service.disk.fd, mode, offset, length);
   }
 

@@ -5,7 +5,7 @@
  * Output goes from the guest's own buffers to the host's descriptor with one writev at a time, so that its
  * order is kept; several chains share it. Input waits in HostInput until the guest offers a buffer.
  */
-import { type CompletionQueue, NO_OFFSET, type Slot } from "../loop/completion-queue.ts";
+import { type CompletionQueue, NO_OFFSET, POLL_OUT, type Slot } from "../loop/completion-queue.ts";
 import { ERRNO, native } from "../native.ts";
 import { DescriptorChain } from "../virtio/chain.ts";
 import { DEVICE_ID, type QueuePort, type QueueService, type VirtioDevice } from "../virtio/device.ts";
@@ -120,6 +120,8 @@ export class ConsoleDevice implements VirtioDevice {
     if (index % 2 === 1) {
       const output = new OutputService(port, target.output);
       this.#outputs[number] = output;
+      // Linux reads the size when it is told of a change, not at its start.
+      this.onConfigChange?.();
       return output;
     }
     // A driver forgets what comes for a port that nobody has open; a lone console is always open.
@@ -265,7 +267,10 @@ class OutputService implements QueueService {
   readonly #heads: number[] = [];
   #first = 0;
   #count = 0;
+  /** Nobody will read what is written: the descriptor is gone, or the queue is being stopped. */
   #gone = false;
+  /** In flight is not a write, but a poll for the descriptor to take bytes again. */
+  #isPolling = false;
   #onIdle: (() => void)[] = [];
 
   constructor(port: QueuePort, output: ConsoleOutput | undefined) {
@@ -287,8 +292,15 @@ class OutputService implements QueueService {
     this.#count = 0;
     while (served < limit && this.#heads.length < OUTPUT_CHAINS_MAX && port.take(chain)) {
       if (typeof to === "number" && chain.readable > OUTPUT_IOVECS_MAX - this.#count) {
-        if (this.#count === 0) port.fail(`output of head ${chain.head} has ${chain.readable} segments`);
-        else port.untake(chain);
+        if (this.#count > 0) {
+          port.untake(chain);
+          break;
+        }
+        port.fail(
+          `output of head ${chain.head} has ${chain.readable} segments, more than ${OUTPUT_IOVECS_MAX}`,
+        );
+        this.#heads.push(chain.head);
+        served++;
         break;
       }
       served++;
@@ -345,17 +357,30 @@ class OutputService implements QueueService {
   }
 
   #written(result: number): void {
-    if (result === -ERRNO.EINTR || result === -ERRNO.EAGAIN) {
+    if (!this.#gone && this.#goOn(result)) return;
+    this.#completeAll();
+    this.#port.wake();
+  }
+
+  /** Starts what is to be done after a completion; false: nothing is. */
+  #goOn(result: number): boolean {
+    if (result === -ERRNO.EAGAIN && !this.#isPolling) {
+      // Somebody who shares the descriptor made it non-blocking.
+      this.#isPolling = true;
+      this.#queue.poll(this.#slot, this.#output!.to as number, POLL_OUT);
+      return true;
+    }
+    if (this.#isPolling || result === -ERRNO.EINTR) {
+      this.#isPolling = false;
       this.#write();
-      return;
+      return true;
     }
     if (result < 0) this.#onGone(-result);
     else if (this.#advance(result)) {
       this.#write();
-      return;
+      return true;
     }
-    this.#completeAll();
-    this.#port.wake();
+    return false;
   }
 
   /** Passes over what was written; whether something is left. */

@@ -5,8 +5,8 @@
  */
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
-import { type CompletionQueue, NO_OFFSET, type Slot } from "../loop/completion-queue.ts";
-import { native } from "../native.ts";
+import { type CompletionQueue, NO_OFFSET, POLL_IN, type Slot } from "../loop/completion-queue.ts";
+import { ERRNO, native } from "../native.ts";
 
 const STAGE_BYTES = 4096;
 
@@ -28,6 +28,8 @@ export class HostInput {
   #from = 0;
   #to = 0;
   #ended = false;
+  /** In flight is not a read, but a poll for bytes to come. */
+  #isPolling = false;
   #closed: (() => void) | undefined;
 
   private constructor(queue: CompletionQueue, fd: number) {
@@ -66,6 +68,17 @@ export class HostInput {
   #onRead(result: number): void {
     if (this.#closed !== undefined) {
       this.#closed();
+      return;
+    }
+    if (result === -ERRNO.EAGAIN && !this.#isPolling) {
+      // Somebody who shares the descriptor made it non-blocking.
+      this.#isPolling = true;
+      this.#queue.poll(this.#slot, this.#fd, POLL_IN);
+      return;
+    }
+    if (this.#isPolling || result === -ERRNO.EINTR) {
+      this.#isPolling = false;
+      this.start();
       return;
     }
     this.#from = 0;

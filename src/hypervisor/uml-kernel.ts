@@ -162,7 +162,7 @@ async function fetchPackage(
   });
   const work = await fs.mkdtemp(join(cache, "fetch-"));
   try {
-    progress(`fetching Debian's package ${PACKAGE} into ${cache} (about 15 MB, once)`);
+    progress(`fetching Debian's package ${PACKAGE} into ${cache} (about 40 MB, once)`);
     const archive = await download(work, env, progress, signal);
     progress("unpacking it");
     const unpacked = join(work, "unpacked");

@@ -141,19 +141,26 @@ export class EventLoop {
     this.#workSinceSettle = 0;
     let more = false;
     const hot = this.#hot;
-    let kept = 0;
     for (let i = 0; i < hot.length; i++) {
       const member = hot[i];
       const state = member.settle(idle);
-      if (idle && state === "cold") {
-        this.#isHot.delete(member);
-        continue;
-      }
-      more ||= state === "more";
-      hot[kept++] = member;
+      // A settle may remove members, this one too: then its place is not its own any more.
+      if (hot[i] !== member) continue;
+      if (idle && state === "cold") this.remove(member);
+      else more ||= state === "more";
+    }
+    this.#clearRemoved();
+    return more;
+  }
+
+  #clearRemoved(): void {
+    const hot = this.#hot;
+    let kept = 0;
+    for (let i = 0; i < hot.length; i++) {
+      const member = hot[i];
+      if (member !== REMOVED) hot[kept++] = member;
     }
     hot.length = kept;
-    return more;
   }
 
   /**

@@ -336,6 +336,11 @@ export class IoUring implements CompletionQueue {
     return this.#inRing() + this.#backlog.length;
   }
 
+  /** Operations that the kernel would not take yet: publish has to be called again. */
+  get hasBacklog(): boolean {
+    return this.#backlog.length > 0;
+  }
+
   submit(): void {
     if (this.#backlog.length > 0) this.#refill();
     if (this.unsubmitted > 0) this.#enter(0);

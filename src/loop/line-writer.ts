@@ -12,6 +12,9 @@ const STAGE_BYTES = 65536;
 /** What may wait for a slow reader; beyond it lines are dropped and counted. */
 const WAITING_BYTES_MAX = 1 << 20;
 
+/** How long closing waits for a reader that takes nothing. */
+const CLOSING_PATIENCE_MS = 500;
+
 export class LineWriter {
   readonly #fd: number;
   readonly #queue: CompletionQueue;
@@ -23,6 +26,8 @@ export class LineWriter {
   #dropped = 0;
   #from = 0;
   #to = 0;
+  #closing: (() => void) | undefined;
+  #patience: NodeJS.Timeout | undefined;
   #closed = false;
 
   private constructor(queue: CompletionQueue, fd: number) {
@@ -33,11 +38,14 @@ export class LineWriter {
     this.#slot = queue.claim((result) => this.#written(result));
   }
 
-  /** Closing writes what still waits, blocking if it must: it is the end. The descriptor stays the caller's. */
+  /**
+   * Closing waits until everything is written, or until a reader has taken nothing for a while. The descriptor
+   * stays the caller's.
+   */
   static open(queue: CompletionQueue, fd: number): Effect.Effect<LineWriter, never, Scope.Scope> {
     return Effect.acquireRelease(
       Effect.sync(() => new LineWriter(queue, fd)),
-      (writer) => Effect.sync(() => writer.#close()),
+      (writer) => writer.#close,
     );
   }
 
@@ -77,32 +85,43 @@ export class LineWriter {
   }
 
   #written(result: number): void {
-    if (this.#closed) return;
     // Nobody reads: what was for them is gone. Messages are no reason to end.
     this.#from = result > 0 ? this.#from + result : this.#to;
-    if (this.#from < this.#to) {
-      this.#write();
-      return;
-    }
-    if (this.#dropped > 0) {
-      const dropped = this.#dropped;
-      this.#dropped = 0;
-      this.line(`loopguest: ${dropped} lines were dropped because their reader is too slow`);
-    } else {
-      this.#next();
-    }
+    if (this.#closing !== undefined) this.#waitForReader();
+    if (this.#from < this.#to) this.#write();
+    else if (this.#dropped > 0) this.#tellDropped();
+    else this.#next();
+    if (this.#closing !== undefined && !this.#queue.isBusy(this.#slot)) this.#closing();
   }
 
-  #close(): void {
-    this.#closed = true;
-    const inFlight = this.#queue.isBusy(this.#slot);
-    // What is in flight is the kernel's; on a descriptor that takes writes it has gone out by now.
-    if (!inFlight) {
+  #tellDropped(): void {
+    const dropped = this.#dropped;
+    this.#dropped = 0;
+    this.line(`loopguest: ${dropped} lines were dropped because their reader is too slow`);
+  }
+
+  readonly #close = Effect.callback<void>((resume) => {
+    this.#closing = () => {
+      clearTimeout(this.#patience);
+      this.#closing = undefined;
+      this.#closed = true;
+      this.#queue.release(this.#slot);
       native.detach(this.#stage.buffer as ArrayBuffer);
       native.munmap(this.#address, STAGE_BYTES);
-    }
-    for (const bytes of this.#waiting) writeNow(this.#fd, bytes);
-    this.#waiting = [];
+      resume(Effect.void);
+    };
+    if (this.#queue.isBusy(this.#slot)) this.#waitForReader();
+    else this.#closing();
+  });
+
+  /** Gives the reader some time more; then what waits is dropped and the write cancelled. */
+  #waitForReader(): void {
+    clearTimeout(this.#patience);
+    this.#patience = setTimeout(() => {
+      this.#waiting = [];
+      this.#to = this.#from;
+      this.#queue.cancel(this.#slot);
+    }, CLOSING_PATIENCE_MS);
   }
 }
 

@@ -35,7 +35,7 @@ export function openLoop(
     },
   });
   return Effect.gen(function* () {
-    const ring = yield* Effect.acquireRelease(openRing, (opened) => Effect.sync(() => opened.close()));
+    const ring = yield* Effect.acquireRelease(openRing, closeAfterTurn);
     const { control } = ring;
     const loop = new EventLoop(ring, scheduler, {
       spin: cpus > 1,
@@ -48,6 +48,16 @@ export function openLoop(
       (stop) => Effect.sync(stop),
     );
     return { loop, sleeps: () => control[CONTROL.SLEEPS] };
+  });
+}
+
+/** The scope may end in the middle of a turn, whose drain goes on reading the ring: closed once it is over. */
+function closeAfterTurn(ring: IoUring): Effect.Effect<void> {
+  return Effect.callback<void>((resume) => {
+    setImmediate(() => {
+      ring.close();
+      resume(Effect.void);
+    });
   });
 }
 
@@ -74,7 +84,7 @@ function sleepInRing(ring: IoUring, loop: EventLoop): () => void {
     control[CONTROL.DIRTY] = 0;
     const more = loop.turn();
     ring.publish();
-    control[CONTROL.DIRTY] = more || libuvReady ? 1 : 0;
+    control[CONTROL.DIRTY] = more || libuvReady || ring.hasBacklog ? 1 : 0;
   };
   const sleeper = native.sleepStart(ring.fd, ring.words, turn);
   loop.scheduler.attach(loop.wake);

@@ -152,8 +152,15 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#break(new VirtqueueFault({ queue: this.name, reason }));
   }
 
-  #break(fault: VirtqueueFault): void {
+  #break(rule: VirtqueueFault): void {
     if (this.#fault !== undefined) return;
+    // Lost memory reads as zeroes, which break many a rule: the loss is what the user has to know.
+    const fault = this.#memory.isLost
+      ? new VirtqueueFault({
+          queue: this.name,
+          reason: "the front-end shortened the file behind its guest memory",
+        })
+      : rule;
     this.#fault = fault;
     const unpark = this.#unpark;
     this.#unpark = undefined;
@@ -219,7 +226,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     if (queue.unpublished > 0) this.#publish();
     if (queue.unsignalled > 0) this.#signal();
     if (!idle) return "wait";
-    if (this.#memory.isLost) this.fail("the front-end shortened the file behind its guest memory");
+    if (this.#memory.isLost) this.fail("its guest memory is lost");
     // A device that declined has its own reason to wake; until then a kick would tell it nothing.
     if (this.#fault === undefined && !this.#declined && queue.enableNotifications()) {
       queue.disableNotifications();

@@ -113,6 +113,8 @@ const resize = async (
 const lineEditing = async (t: ExecutionContext, terminal: Terminal): Promise<void> => {
   await terminal.type("clear");
   await terminal.press("Enter");
+  // Keys that arrive before the shell reads a line are the line discipline's, and it edits otherwise.
+  await terminal.untilScreen(/^guest>\n*$/);
   await terminal.type("cho editXX");
   await terminal.press("BSpace", "BSpace", "C-a");
   await terminal.type("e");
@@ -124,7 +126,9 @@ const lineEditing = async (t: ExecutionContext, terminal: Terminal): Promise<voi
 };
 
 const interrupt = async (t: ExecutionContext, terminal: Terminal): Promise<void> => {
-  await terminal.type("clear; echo begi''ns; sleep 100");
+  // The process that says so is the one to interrupt: between an echo of the shell's and its next child, a ^C
+  // may find neither.
+  await terminal.type("clear; sh -c \"echo begi''ns; exec sleep 100\"");
   await terminal.press("Enter");
   await terminal.untilScreen(/^begins\n*$/m);
   await terminal.press("C-c");
