@@ -1,0 +1,40 @@
+// Makes dist/: the bundle (CommonJS, Node 18 and newer), the addon and the two small programs beside it.
+// `node dist/loopguest.js` then needs neither node_modules nor a compiler.
+import { chmodSync, copyFileSync, existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { build } from "esbuild";
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)));
+const dist = join(root, "dist");
+const release = join(root, "native-shim/build/Release");
+const artefacts = ["loopguest_native.node", "guest-init", "uml-keeper"];
+
+const missing = artefacts.filter((name) => !existsSync(join(release, name)));
+if (missing.length > 0) {
+  console.error(`native-shim is not built (no ${missing.join(", ")} in ${release}): run \`npm ci\``);
+  process.exit(1);
+}
+
+rmSync(dist, { recursive: true, force: true });
+mkdirSync(dist);
+await build({
+  absWorkingDir: root,
+  entryPoints: ["src/main.ts"],
+  outfile: join(dist, "loopguest.js"),
+  bundle: true,
+  platform: "node",
+  format: "cjs",
+  target: "node18",
+  minifySyntax: true,
+  legalComments: "none",
+  banner: {
+    js: "#!/usr/bin/env node\nconst importMetaUrl = require('node:url').pathToFileURL(__filename).href;",
+  },
+  define: { "import.meta.url": "importMetaUrl" },
+  logLevel: "warning",
+});
+chmodSync(join(dist, "loopguest.js"), 0o755);
+for (const name of artefacts) copyFileSync(join(release, name), join(dist, name));
+// Node takes the nearest package.json for the kind of a .js file: ours says module.
+writeFileSync(join(dist, "package.json"), '{ "type": "commonjs" }\n');

@@ -1,0 +1,70 @@
+/** A device that does nothing by itself: a test completes its chains, in the order it likes. */
+import { DescriptorChain } from "../../src/virtio/chain.ts";
+import { DEVICE_ID, type QueuePort, type QueueService, type VirtioDevice } from "../../src/virtio/device.ts";
+
+export class HandService implements QueueService {
+  readonly port: QueuePort;
+  /** Heads taken and not completed, oldest first. */
+  readonly held: number[] = [];
+  /** Every head taken, oldest first. */
+  readonly taken: number[] = [];
+  /** It takes nothing beyond so many at a time, and wakes its queue when there is room again. */
+  capacity = Number.POSITIVE_INFINITY;
+  /** Completes each chain as it comes, with so many bytes written. */
+  atOnce: number | undefined;
+  stops = 0;
+  releases = 0;
+  readonly #chain: DescriptorChain;
+
+  constructor(port: QueuePort) {
+    this.port = port;
+    this.#chain = new DescriptorChain(port.segmentsMax);
+  }
+
+  serve(limit: number): number {
+    let served = 0;
+    while (served < limit && this.held.length < this.capacity && this.port.take(this.#chain)) {
+      served++;
+      this.taken.push(this.#chain.head);
+      if (this.atOnce !== undefined) this.port.complete(this.#chain.head, this.atOnce);
+      else this.held.push(this.#chain.head);
+    }
+    return served;
+  }
+
+  /** Completes the chain at a place among the held. */
+  complete(at = 0, written = 0): void {
+    const [head] = this.held.splice(at, 1);
+    this.port.complete(head, written);
+    this.port.wake();
+  }
+
+  stop(): void {
+    this.stops++;
+  }
+
+  release(): void {
+    this.releases++;
+  }
+}
+
+export class HandDevice implements VirtioDevice {
+  readonly id = DEVICE_ID.RNG;
+  readonly name = "hand";
+  readonly features = 0n;
+  readonly queueCount = 8;
+  readonly services: HandService[] = [];
+  onConfigChange: (() => void) | undefined;
+
+  config(): Uint8Array {
+    return new Uint8Array(0);
+  }
+
+  writeConfig(): void {}
+
+  openQueue(port: QueuePort): HandService {
+    const service = new HandService(port);
+    this.services[port.index] = service;
+    return service;
+  }
+}
