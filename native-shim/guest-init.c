@@ -744,6 +744,17 @@ static void unmount_disks(void)
 	}
 }
 
+/* The kernel says at its most urgent level that it halts; on a terminal that line is noise. */
+static void quieten_kernel(void)
+{
+	int fd = config.verbose ? -1 : open("/proc/sys/kernel/printk", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	write_all(fd, "0", 1);
+	close(fd);
+}
+
 /* The last of a guest. Only process 1 comes here. */
 static void shut_down(int how)
 {
@@ -753,6 +764,7 @@ static void shut_down(int how)
 	sync();
 	unmount_disks();
 	sync();
+	quieten_kernel();
 	reboot(how);
 	/* Not reached, unless reboot(2) is refused; then there is nothing better to do than to stay. */
 	say("guest-init: reboot(2) is refused: %s\n", strerror(errno));

@@ -215,7 +215,7 @@ const launch = (
       stdio: ["pipe", "pipe", "ignore", "pipe"],
       env: { ...(options.env ?? process.env), TMPDIR: memoryFolder },
     });
-    child.once("error", (error) => {
+    child.on("error", (error) => {
       resume(fail(`cannot start ${options.keeper}: ${error.message}. Is native-shim built (npm ci)?`));
     });
     child.once("spawn", () => resume(Effect.succeed(watch(child, options.onConsoleLine))));

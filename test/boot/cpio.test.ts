@@ -4,32 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import test from "ava";
 import { type CpioEntry, CpioError, writeCpio } from "../../src/boot/cpio.ts";
-
-interface Parsed {
-  readonly name: string;
-  readonly mode: number;
-  readonly rdev: readonly [number, number];
-  readonly data: Buffer;
-}
-
-/** Reads an archive back by the format's own rules, sharing nothing with the writer. */
-function parse(archive: Buffer): Array<Parsed> {
-  const found: Array<Parsed> = [];
-  let at = 0;
-  for (;;) {
-    if (archive.toString("latin1", at, at + 6) !== "070701") throw new Error(`no magic at ${at}`);
-    const field = (n: number) =>
-      Number.parseInt(archive.toString("latin1", at + 6 + n * 8, at + 14 + n * 8), 16);
-    const nameEnd = at + 110 + field(11);
-    const name = archive.toString("utf8", at + 110, nameEnd - 1);
-    if (archive[nameEnd - 1] !== 0) throw new Error(`name at ${at} has no NUL`);
-    const dataStart = (nameEnd + 3) & ~3;
-    const data = archive.subarray(dataStart, dataStart + field(6));
-    if (name === "TRAILER!!!") return found;
-    found.push({ name, mode: field(1), rdev: [field(9), field(10)], data });
-    at = (dataStart + field(6) + 3) & ~3;
-  }
-}
+import { parseCpio } from "./parse-cpio.ts";
 
 const sample: ReadonlyArray<CpioEntry> = [
   { kind: "file", path: "/init", data: Buffer.from("#!/bin/true\n"), mode: 0o755 },
@@ -43,7 +18,7 @@ const sample: ReadonlyArray<CpioEntry> = [
 ];
 
 test("every kind of entry comes back as it went in", (t) => {
-  const read = new Map(parse(writeCpio(sample)).map((entry) => [entry.name, entry]));
+  const read = new Map(parseCpio(writeCpio(sample)).map((entry) => [entry.name, entry]));
   t.is(read.get("init")?.mode, 0o100755);
   t.is(read.get("init")?.data.toString(), "#!/bin/true\n");
   t.is(read.get("proc")?.mode, 0o040755);
@@ -58,7 +33,7 @@ test("every kind of entry comes back as it went in", (t) => {
 });
 
 test("missing parents come before their children, once", (t) => {
-  const names = parse(writeCpio(sample)).map((entry) => entry.name);
+  const names = parseCpio(writeCpio(sample)).map((entry) => entry.name);
   t.is(names.filter((name) => name === "lib").length, 1);
   t.true(names.indexOf("lib") < names.indexOf("lib/modules"));
   t.true(names.indexOf("lib/modules") < names.indexOf("lib/modules/odd.bin"));
