@@ -15,6 +15,8 @@
  *            "signalled N"   it was ended by signal N
  *            "stopped"       the lifeline ended, so we killed it
  *            "failed TEXT"   it could not be started
+ *   fd 4   the launcher's terminal, when it has one. Its settings are read at our start and put back when the
+ *          lifeline ends: a launcher that was killed could not.
  *
  * Our own exit status is the guest's, 128 + N for a signal, 137 when stopped, 127 when it did not start.
  * In every case the guest's processes are gone and RUN-DIR is removed before the line is written.
@@ -38,10 +40,11 @@
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { LIFELINE_FD = 0, REPORT_FD = 3 };
+enum { LIFELINE_FD = 0, REPORT_FD = 3, TERMINAL_FD = 4 };
 
 /* Deeper than anything UML makes (RUN-DIR/umid/mconsole), and a bound for the recursion. */
 enum { REMOVE_DEPTH_MAX = 8 };
@@ -57,6 +60,15 @@ static struct {
 	ino_t inode;
 	int fd;
 } run_dir = { .parent_fd = -1, .fd = -1 };
+
+/* The terminal as it was before the launcher made it raw. */
+static struct termios terminal;
+static bool has_terminal;
+
+static void hold_terminal(void)
+{
+	has_terminal = fcntl(TERMINAL_FD, F_SETFD, FD_CLOEXEC) == 0 && tcgetattr(TERMINAL_FD, &terminal) == 0;
+}
 
 static void report(const char *format, ...)
 {
@@ -295,6 +307,9 @@ static bool keep(pid_t guest, int signal_fd, siginfo_t *info)
 
 static int finish(pid_t guest, bool ended, const siginfo_t *info)
 {
+	/* First, because a shell may be waiting to use it. */
+	if (!ended && has_terminal)
+		tcsetattr(TERMINAL_FD, TCSANOW, &terminal);
 	end_guest(guest);
 	remove_run_dir();
 	if (!ended) {
@@ -341,6 +356,7 @@ int main(int argc, char **argv)
 	}
 	setsid(); /* what kills the launcher's process group should not hit us */
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	hold_terminal();
 	int signal_fd = prepare_signals();
 	if (!hold_run_dir(argv[1])) {
 		report("failed run directory %s: %s", argv[1], strerror(errno));

@@ -7,7 +7,7 @@ import { HostInput, makeLeaveDetector } from "./device/host-input.ts";
 import type { Services } from "./devices.ts";
 import { onResize, rawTerminal, terminalSize } from "./terminal.ts";
 
-const STDIN = 0;
+export const STDIN = 0;
 const STDOUT = 1;
 const STDERR = 2;
 
@@ -20,9 +20,11 @@ export interface OpenConsole {
   readonly device: ConsoleDevice;
   /** Completes with an exit status when the user leaves or the terminal is gone. */
   readonly left: Deferred.Deferred<number>;
+  /** Makes the terminal raw, if stdin is one, until the scope ends. */
+  readonly goRaw: Effect.Effect<void, never, Scope.Scope>;
 }
 
-/** The interactive console: raw where stdin is a terminal, with its size, and lguest's way out. */
+/** The interactive console: stdin and stdout, the terminal's size, and lguest's way out. */
 export function openConsole(services: Services): Effect.Effect<OpenConsole, never, Scope.Scope> {
   return Effect.gen(function* () {
     const { opened, reporter } = services;
@@ -31,9 +33,10 @@ export function openConsole(services: Services): Effect.Effect<OpenConsole, neve
       Deferred.doneUnsafe(left, Effect.succeed(status));
     };
     const input = yield* HostInput.open(opened.loop.queue, STDIN);
-    const raw = yield* rawTerminal(STDIN);
-    reporter.setRaw(raw);
-    if (raw) input.onBytes = makeLeaveDetector(leave(LEFT_BY_USER), () => performance.now());
+    const goRaw = Effect.map(rawTerminal(STDIN), (raw) => {
+      reporter.setRaw(raw);
+      if (raw) input.onBytes = makeLeaveDetector(leave(LEFT_BY_USER), () => performance.now());
+    });
     const size = (): ReturnType<typeof terminalSize> => terminalSize(STDOUT, STDIN);
     const port: ConsolePort = {
       name: undefined,
@@ -43,7 +46,7 @@ export function openConsole(services: Services): Effect.Effect<OpenConsole, neve
     };
     const device = new ConsoleDevice("console", [port], size(), reporter.trace);
     yield* onResize(() => device.resize(size()));
-    return { device, left };
+    return { device, left, goRaw };
   });
 }
 

@@ -8,11 +8,12 @@ import { guestInitPath, umlKeeperPath } from "./boot/files.ts";
 import { buildInitramfs, defaultGuestModules, type GuestConfig, hostfsRoot } from "./boot/initramfs.ts";
 import { type LoadedModule, readModule, resolveModules } from "./boot/modules.ts";
 import type { RunCommand } from "./cli/command-line.ts";
-import { openConsole, openExec } from "./consoles.ts";
+import { openConsole, openExec, STDIN } from "./consoles.ts";
 import { openBlock, type Services, serveAt } from "./devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
 import { makeRunDir, startUml, type UmlGuest } from "./hypervisor/uml.ts";
 import { obtainUmlKernel, type UmlKernel } from "./hypervisor/uml-kernel.ts";
+import { native } from "./native.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
 /** A guest that cannot be started as it was described. */
@@ -38,9 +39,11 @@ export function run(services: Services, command: RunCommand) {
       const exit = yield* guest.exit;
       return exitStatus(services, exit, exec.status());
     }
-    // The console last: from here on the terminal is raw.
-    const { device, left } = yield* openConsole(services);
+    const { device, left, goRaw } = yield* openConsole(services);
     const guest = yield* start(services, command, kernel, runDir, initrd, [...disks, device]);
+    // Now somebody remembers how the terminal was, whatever happens to us.
+    yield* guest.started;
+    yield* goRaw;
     const ended = Effect.map(guest.exit, (exit) => exitStatus(services, exit, 0));
     return yield* Effect.raceFirst(ended, Deferred.await(left));
   });
@@ -71,6 +74,7 @@ function start(
       initrd,
       args: kernelArguments(command),
       verbose: command.verbose,
+      ...(native.isTerminal(STDIN) ? { terminalFd: STDIN } : {}),
       ...(trace === undefined ? {} : { onConsoleLine: (line: string) => trace(`guest: ${line}`) }),
     });
     return guest;

@@ -20,8 +20,9 @@ export function serve(
       yield* serveAt(services, device, resolve(block.socket));
     }
     if (command.console === undefined) return yield* Effect.never;
-    const { device, left } = yield* openConsole(services);
+    const { device, left, goRaw } = yield* openConsole(services);
     yield* serveAt(services, device, resolve(command.console.socket));
+    yield* goRaw;
     return yield* Deferred.await(left);
   });
 }

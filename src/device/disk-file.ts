@@ -167,20 +167,17 @@ function probeAllocate(
 ): Effect.Effect<boolean> {
   if (fs.fstatSync(fd).isBlockDevice()) return Effect.succeed(true);
   const behind = Math.ceil(bytes / 4096) * 4096;
-  const allocate = (bits: number): Effect.Effect<number> =>
-    Effect.callback<number>((resume) => {
-      const slot = loop.queue.claim((result) => {
-        loop.queue.release(slot);
-        resume(Effect.succeed(result));
-      });
-      loop.queue.allocate(slot, fd, bits, behind, Math.max(4096, blockBytes));
+  const allocate = Effect.callback<number>((resume) => {
+    const slot = loop.queue.claim((result) => {
+      loop.queue.release(slot);
+      resume(Effect.succeed(result));
     });
-  return Effect.gen(function* () {
-    const result = yield* allocate(mode);
-    // ZERO_RANGE may have reserved blocks behind the end: give them back.
-    if (result >= 0 && (mode & FALLOC_ZERO_RANGE) !== 0) {
-      yield* allocate(FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE);
-    }
+    loop.queue.allocate(slot, fd, mode, behind, Math.max(4096, blockBytes));
+  });
+  return Effect.map(allocate, (result) => {
+    // ZERO_RANGE has reserved blocks behind the end. Punching does not give them back (ext4 passes over what is
+    // behind the end), truncating to the size that the file has does.
+    if (result >= 0 && (mode & FALLOC_ZERO_RANGE) !== 0) fs.ftruncateSync(fd, fs.fstatSync(fd).size);
     return result >= 0;
   });
 }

@@ -42,11 +42,15 @@ export interface UmlOptions {
   readonly verbose?: boolean;
   /** Called with each line of the kernel's console, without its end. */
   readonly onConsoleLine?: (line: string) => void;
+  /** The user's terminal, whose settings of now come back even if this process is killed. */
+  readonly terminalFd?: number;
   /** Default `process.env`. */
   readonly env?: NodeJS.ProcessEnv;
 }
 
 export interface UmlGuest {
+  /** Waits until the guest's process runs (or could not), and the terminal's settings are remembered. */
+  readonly started: Effect.Effect<void>;
   /** Waits for the guest's end. May be asked more than once. */
   readonly exit: Effect.Effect<GuestExit>;
   /** Ends the guest at once, without asking it, and waits until nothing of it is left. */
@@ -211,8 +215,9 @@ const launch = (
 ): Effect.Effect<UmlGuest, UmlError> =>
   Effect.callback<UmlGuest, UmlError>((resume) => {
     const child = spawn(options.keeper, [options.runDir, "--", resolve(options.kernel), ...words], {
-      // The lifeline, the guest's console, the keeper's own stderr (it has nothing to say there), its report.
-      stdio: ["pipe", "pipe", "ignore", "pipe"],
+      // The lifeline, the guest's console, the keeper's own stderr (it has nothing to say there), its report, the
+      // terminal.
+      stdio: ["pipe", "pipe", "ignore", "pipe", options.terminalFd ?? "ignore"],
       env: { ...(options.env ?? process.env), TMPDIR: memoryFolder },
     });
     child.on("error", (error) => {
@@ -227,6 +232,7 @@ function watch(child: ChildProcess, onConsoleLine?: (line: string) => void): Uml
   const lines: Array<string> = [];
   const report: KeeperReport = { guestPid: undefined, end: undefined };
   const exit = Deferred.makeUnsafe<GuestExit>();
+  const started = Deferred.makeUnsafe<void>();
 
   eachLine(child.stdout as Readable, (line) => {
     lines.push(line);
@@ -236,12 +242,14 @@ function watch(child: ChildProcess, onConsoleLine?: (line: string) => void): Uml
   eachLine(child.stdio[3] as Readable, (line) => {
     if (line.startsWith("started ")) report.guestPid = Number(line.slice("started ".length));
     else report.end = line;
+    Deferred.doneUnsafe(started, Effect.void);
   });
   lifeline.on("error", () => undefined);
   // "close" comes after "exit" and after the last byte of both pipes.
   child.once("close", () => {
     // A keeper that was itself killed leaves the guest to us.
     if (report.end === undefined && report.guestPid !== undefined) killGroup(report.guestPid);
+    Deferred.doneUnsafe(started, Effect.void);
     Deferred.doneUnsafe(exit, Effect.succeed(explain(report.end, lines)));
   });
   // The pipes stay open as long as a guest lives whose keeper was killed: do not wait for them then.
@@ -258,6 +266,7 @@ function watch(child: ChildProcess, onConsoleLine?: (line: string) => void): Uml
     return result;
   });
   return {
+    started: Deferred.await(started),
     exit: Deferred.await(exit),
     stop: Effect.uninterruptible(stop),
     pid: () => report.guestPid,

@@ -27,6 +27,7 @@ import {
   FLAG_REPLY,
   FLAG_VERSION,
   HEADER_BYTES,
+  type Header,
   type Message,
   PROTOCOL_F_REPLY_ACK,
   PROTOCOL_FEATURES,
@@ -149,31 +150,34 @@ export class Connection {
     const fds = new Int32Array(1 + RECEIVE_FDS_MAX);
     const head = new Uint8Array(HEADER_BYTES);
     return this.#read(head, fds).pipe(
-      Effect.flatMap((complete) => {
-        if (!complete) return Effect.succeed(undefined);
+      Effect.flatMap((got) => {
+        if (got === 0) return Effect.succeed(undefined);
+        if (got < HEADER_BYTES) return leftIn("a message", got, `the ${HEADER_BYTES} bytes of its header`);
         return attempt(() => parseHeader(head)).pipe(
-          Effect.flatMap((header) => {
-            const payload = new Uint8Array(header.size);
-            return this.#read(payload, undefined).pipe(
-              Effect.flatMap((whole) =>
-                whole
-                  ? Effect.succeed<Message>({
-                      ...header,
-                      payload: new DataView(payload.buffer),
-                      fds: [...fds.subarray(1, 1 + fds[0])],
-                    })
-                  : fail(`the front-end left in the middle of ${requestName(header.request)}`),
-              ),
-            );
-          }),
-          Effect.tapError(() => Effect.sync(() => closeAll([...fds.subarray(1, 1 + fds[0])]))),
+          Effect.flatMap((header) => this.#receivePayload(header, fds)),
         );
       }),
+      Effect.onError(() => Effect.sync(() => closeAll([...fds.subarray(1, 1 + fds[0])]))),
     );
   });
 
-  /** Fills `into`; false when the front-end had left before the first byte. */
-  #read(into: Uint8Array, fds: Int32Array | undefined): Effect.Effect<boolean, ProtocolError> {
+  #receivePayload(header: Header, fds: Int32Array): Effect.Effect<Message, ProtocolError> {
+    const payload = new Uint8Array(header.size);
+    return this.#read(payload, undefined).pipe(
+      Effect.flatMap((got) =>
+        got < header.size
+          ? leftIn(requestName(header.request), got, `${header.size} bytes of payload`)
+          : Effect.succeed({
+              ...header,
+              payload: new DataView(payload.buffer),
+              fds: [...fds.subarray(1, 1 + fds[0])],
+            }),
+      ),
+    );
+  }
+
+  /** Fills `into` and returns its length, or how much came before the front-end left. */
+  #read(into: Uint8Array, fds: Int32Array | undefined): Effect.Effect<number, ProtocolError> {
     const { queue } = this.#options.loop;
     const scratch = new Int32Array(1 + RECEIVE_FDS_MAX);
     const fd = this.#fd;
@@ -183,13 +187,11 @@ export class Connection {
         const got = native.receive(fd, into, done, into.length - done, scratch);
         if (scratch[0] > 0) takeFds(scratch, fds);
         if (got > 0) done += got;
-        else if (got === 0 || got === -ERRNO.ECONNRESET) {
-          if (done === 0 && fds !== undefined) return false;
-          return yield* fail("the front-end left in the middle of a message");
-        } else if (got === -ERRNO.EAGAIN) yield* waitReady(queue, fd, POLL_IN);
+        else if (got === 0 || got === -ERRNO.ECONNRESET) return done;
+        else if (got === -ERRNO.EAGAIN) yield* waitReady(queue, fd, POLL_IN);
         else if (got !== -ERRNO.EINTR) return yield* fail(`recvmsg failed with ${errnoName(got)}`);
       }
-      return true;
+      return done;
     });
   }
 
@@ -530,6 +532,9 @@ function closeAll(fds: readonly number[]): void {
 
 const fail = (message: string): Effect.Effect<never, ProtocolError> =>
   Effect.fail(new ProtocolError({ message }));
+
+const leftIn = (what: string, got: number, of: string): Effect.Effect<never, ProtocolError> =>
+  fail(`the front-end left in the middle of ${what}, after ${got} of ${of}`);
 
 /** Runs code that throws ProtocolError; any other exception is a defect. */
 function attempt<A>(body: () => A): Effect.Effect<A, ProtocolError> {

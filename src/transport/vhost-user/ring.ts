@@ -6,6 +6,7 @@
  */
 import * as Effect from "effect/Effect";
 import * as Fiber from "effect/Fiber";
+import * as Semaphore from "effect/Semaphore";
 import { POLL_IN, type Slot } from "../../loop/completion-queue.ts";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestMemory } from "../../memory/guest-memory.ts";
@@ -124,8 +125,18 @@ export class Ring {
     queue.pollMultishot(slot, this.kickFd, POLL_IN);
   }
 
-  /** Ends the kick's poll, drains what is in flight, and remembers where to go on. */
-  readonly stop: Effect.Effect<void> = Effect.suspend(() => {
+  /** Two may want it stopped at a time: a fault, and the front-end's next message or its leaving. */
+  readonly #stopping = Semaphore.makeUnsafe(1);
+
+  /**
+   * Ends the kick's poll, drains what is in flight, and remembers where to go on. When this returns the ring
+   * has stopped, whoever began it; interruption waits too.
+   */
+  readonly stop: Effect.Effect<void> = Effect.suspend(() =>
+    Effect.uninterruptible(this.#stopping.withPermit(this.#stop)),
+  );
+
+  readonly #stop: Effect.Effect<void> = Effect.suspend(() => {
     const runner = this.#runner;
     const fiber = this.#fiber;
     if (runner === undefined) return Effect.void;
