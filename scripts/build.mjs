@@ -1,12 +1,12 @@
 // Makes dist/: the bundle (CommonJS, Node 18 and newer), the addon and the two small programs beside it.
-// `node dist/loopguest.js` then needs neither node_modules nor a compiler.
+// `node dist/loopguest.js` then needs neither node_modules nor a compiler. Another folder may be given.
 import { chmodSync, copyFileSync, existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
-const dist = join(root, "dist");
+const dist = resolve(process.argv[2] ?? join(root, "dist"));
 const release = join(root, "native-shim/build/Release");
 const artefacts = ["loopguest_native.node", "guest-init", "uml-keeper"];
 
@@ -16,8 +16,8 @@ if (missing.length > 0) {
   process.exit(1);
 }
 
-rmSync(dist, { recursive: true, force: true });
-mkdirSync(dist);
+if (process.argv[2] === undefined) rmSync(dist, { recursive: true, force: true });
+mkdirSync(dist, { recursive: true });
 await build({
   absWorkingDir: root,
   entryPoints: ["src/main.ts"],
