@@ -110,7 +110,8 @@ export class EventLoop {
       let done = this.queue.drain(DRAIN_MAX) + this.scheduler.runTasks();
       done += this.#work();
       if (this.queue.unsubmitted > 0 && this.#hot.length > 0) this.queue.submit();
-      this.#workSinceSettle += done;
+      // A lap counts even when it found nothing, so that no state of the queue can put off the settling.
+      this.#workSinceSettle += done > 0 ? done : 1;
       if (this.queue.hasCompletions()) {
         if (this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
         continue;

@@ -139,6 +139,7 @@ export class IoUring implements CompletionQueue {
   /** The tail as we write it; published to the kernel by #publish. */
   #tail: number;
   #publishedTail: number;
+  #flagIsStale = false;
   /** Where an operation goes while the kernel's ring is full: whole SQEs, oldest first. */
   #backlog: Uint32Array[] = [];
 
@@ -382,14 +383,27 @@ export class IoUring implements CompletionQueue {
   hasCompletions(): boolean {
     return (
       this.#ring[this.#cqHead] !== this.#ring[this.#cqTail] ||
-      (this.#ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0
+      (!this.#flagIsStale && (this.#ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0)
     );
+  }
+
+  /**
+   * Deferred work (DEFER_TASKRUN) and overflowed completions reach the ring only when they are asked for. The
+   * flag that tells of them may stay set after the work was done: the kernel adds the work first and sets the
+   * flag then, and an enter of ours on another CPU may come in between. It is cleared with the next work.
+   */
+  #fetchDeferred(): void {
+    if ((this.#ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) === 0) {
+      this.#flagIsStale = false;
+      return;
+    }
+    this.#enter(ENTER_GETEVENTS);
+    this.#flagIsStale = (this.#ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0;
   }
 
   drain(limit: number): number {
     const ring = this.#ring;
-    // Deferred work (DEFER_TASKRUN) and overflowed completions reach the ring only when they are asked for.
-    if ((ring[this.#sqFlags] & (SQ_TASKRUN | SQ_CQ_OVERFLOW)) !== 0) this.#enter(ENTER_GETEVENTS);
+    this.#fetchDeferred();
     let head = ring[this.#cqHead];
     const available = (Atomics.load(ring, this.#cqTail) - head) >>> 0;
     const count = Math.min(available, limit);

@@ -1,0 +1,171 @@
+/** The back-ends that can be compared: how each is started to serve disks over vhost-user, one process each. */
+import { existsSync, readdirSync, statSync } from "node:fs";
+import { join } from "node:path";
+import { BenchError, type Child, findProgram, runProgram, startChild } from "./children.ts";
+
+export interface Disk {
+  readonly file: string;
+  readonly socket: string;
+}
+
+export interface BackEnd {
+  readonly name: string;
+  /** One line for the report: what does the I/O, and how. */
+  readonly about: string;
+  /** True when its I/O bypasses the page cache, so that it does not compare with arms that use it. */
+  readonly direct: boolean;
+  /** False when it moves no data: reads cannot be verified. */
+  readonly data: boolean;
+  /** Why it cannot run here and what the user can do, or undefined. */
+  readonly missing: () => string | undefined;
+  readonly version: () => Promise<string>;
+  /** The command that serves all the disks from one process and stays in the foreground. */
+  readonly command: (disks: readonly Disk[]) => string[];
+}
+
+export interface RunningBackEnd {
+  readonly backEnd: BackEnd;
+  readonly pid: number;
+  readonly disks: readonly Disk[];
+  readonly stop: () => Promise<void>;
+}
+
+const ROOT = join(import.meta.dirname, "..", "..");
+
+const newestIn = (folder: string): number =>
+  Math.max(
+    0,
+    ...readdirSync(folder, { withFileTypes: true, recursive: true })
+      .filter((entry) => entry.isFile())
+      .map((entry) => statSync(join(entry.parentPath, entry.name)).mtimeMs),
+  );
+
+/** The bundle when it is built and no older than src/, else the sources through tsx. */
+function loopguestCommand(): { command: string[]; about: string } | undefined {
+  const bundle = join(ROOT, "dist", "loopguest.js");
+  const main = join(ROOT, "src", "main.ts");
+  const bundled = existsSync(bundle);
+  if (bundled && (!existsSync(main) || statSync(bundle).mtimeMs >= newestIn(join(ROOT, "src"))))
+    return { command: [process.execPath, bundle], about: "the bundle" };
+  if (existsSync(main))
+    return {
+      command: [process.execPath, "--import=tsx", main],
+      about: bundled ? "sources through tsx, since dist/ is older than src/" : "sources through tsx",
+    };
+  return undefined;
+}
+
+function loopBackEnd(name: string, direct: boolean): BackEnd {
+  return {
+    name,
+    direct,
+    data: true,
+    about: `loopguest serve${direct ? " with O_DIRECT" : ""} (${loopguestCommand()?.about ?? "not built"})`,
+    missing: () =>
+      loopguestCommand() === undefined ? "there is neither dist/loopguest.js nor src/main.ts" : undefined,
+    version: async () => `node ${process.version}`,
+    command: (disks) => [
+      ...(loopguestCommand()?.command ?? []),
+      "serve",
+      ...disks.map(({ file, socket }) => `--block=${file},socket=${socket}${direct ? ",direct" : ""}`),
+    ],
+  };
+}
+
+function storageDaemonBackEnd(
+  name: string,
+  aio: "io_uring" | "native" | "threads",
+  direct: boolean,
+): BackEnd {
+  const program = "qemu-storage-daemon";
+  return {
+    name,
+    direct,
+    data: true,
+    about: `${program} aio=${aio}${direct ? ", O_DIRECT" : ""}, one iothread`,
+    missing: () =>
+      findProgram(program) === undefined
+        ? `${program} is not on PATH; on Debian: apt-get install qemu-system-common`
+        : undefined,
+    version: async () => (await runProgram([program, "--version"])).split("\n")[0] as string,
+    command: (disks) => [
+      program,
+      "--object",
+      "iothread,id=io",
+      ...disks.flatMap(({ file, socket }, i) => [
+        "--blockdev",
+        // locking=off: other arms serve the same file at the same time.
+        `driver=file,node-name=file${i},filename=${file},aio=${aio},cache.direct=${direct ? "on" : "off"},locking=off`,
+        "--export",
+        `type=vhost-user-blk,id=export${i},node-name=file${i},writable=on,iothread=io,addr.type=unix,addr.path=${socket}`,
+      ]),
+    ],
+  };
+}
+
+/** The load generator's own null back-end as a process of its own: no I/O at all, the driver's ceiling. */
+function nullBackEnd(frontEnd: string): BackEnd {
+  return {
+    name: "null",
+    direct: false,
+    data: false,
+    about: "completes at once without I/O: the front-end's ceiling",
+    missing: () => undefined,
+    version: async () => "",
+    command: ([disk, ...more]) => {
+      if (disk === undefined || more.length > 0) throw new BenchError("the null back-end serves one socket");
+      return [frontEnd, `--serve-null=${disk.socket}`, `--size=${statSync(disk.file).size}`];
+    },
+  };
+}
+
+/** Every back-end there is, by name; `frontEnd` is the path of the load generator. */
+export function allBackEnds(frontEnd: string): ReadonlyMap<string, BackEnd> {
+  const list = [
+    loopBackEnd("loop", false),
+    storageDaemonBackEnd("qsd-io_uring", "io_uring", false),
+    storageDaemonBackEnd("qsd-threads", "threads", false),
+    loopBackEnd("loop-direct", true),
+    storageDaemonBackEnd("qsd-io_uring-direct", "io_uring", true),
+    storageDaemonBackEnd("qsd-native", "native", true),
+    nullBackEnd(frontEnd),
+  ];
+  return new Map(list.map((backEnd) => [backEnd.name, backEnd]));
+}
+
+async function waitForSockets(child: Child, backEnd: BackEnd, disks: readonly Disk[]): Promise<void> {
+  const START_LIMIT_MS = 20_000;
+  const giveUp = Date.now() + START_LIMIT_MS;
+  while (!disks.every(({ socket }) => existsSync(socket))) {
+    const said = () => child.output.stderr.trim() || "nothing on stderr";
+    if (!child.running())
+      throw new BenchError(`${backEnd.name} ended with status ${await child.exited}: ${said()}`);
+    if (Date.now() > giveUp)
+      throw new BenchError(`${backEnd.name} made no socket within ${START_LIMIT_MS / 1000} s: ${said()}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+/**
+ * Start a back-end that serves each file on a socket of its own in `folder`; it is ready when this resolves.
+ * Rejects with a {@link BenchError} that quotes its stderr.
+ */
+export async function startBackEnd(
+  backEnd: BackEnd,
+  files: readonly string[],
+  folder: string,
+  options: { readonly cpu?: number | undefined } = {},
+): Promise<RunningBackEnd> {
+  const missing = backEnd.missing();
+  if (missing !== undefined) throw new BenchError(`${backEnd.name}: ${missing}`);
+  const unique = `${backEnd.name}-${Date.now().toString(36)}`;
+  const disks = files.map((file, i) => ({ file, socket: join(folder, `${unique}-${i}.sock`) }));
+  const child = await startChild(backEnd.command(disks), { cpu: options.cpu, cwd: ROOT });
+  try {
+    await waitForSockets(child, backEnd, disks);
+  } catch (error) {
+    await child.stop();
+    throw error;
+  }
+  return { backEnd, pid: child.pid, disks, stop: child.stop };
+}
