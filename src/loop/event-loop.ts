@@ -112,15 +112,10 @@ export class EventLoop {
       if (this.queue.unsubmitted > 0 && this.#hot.length > 0) this.queue.submit();
       // A lap counts even when it found nothing, so that no state of the queue can put off the settling.
       this.#workSinceSettle += done > 0 ? done : 1;
-      if (this.queue.hasCompletions()) {
-        if (this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
-        continue;
-      }
+      const busy = this.queue.hasCompletions() || (done > 0 && this.#hot.length > 0);
+      if (busy && this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
       if (this.#yielding) return true;
-      if (done > 0 && this.#hot.length > 0) {
-        if (this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
-        continue;
-      }
+      if (busy) continue;
       if (this.#hot.length === 0) return false;
       this.#settle(false);
       if (this.#spin()) continue;

@@ -94,8 +94,8 @@ export async function withDriver(
 }
 
 /** Waits until the server has let go of its front-end: nothing of a memory file is mapped any more. */
-export function unmapped(name = "test-guest"): Promise<void> {
-  return eventually(
+export async function unmapped(name = "test-guest"): Promise<void> {
+  await eventually(
     "the end of the guest's memory",
     () => !fs.readFileSync("/proc/self/maps", "utf8").includes(`memfd:${name}`),
   );

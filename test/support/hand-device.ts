@@ -8,13 +8,15 @@ export class HandService implements QueueService {
   readonly held: number[] = [];
   /** Every head taken, oldest first. */
   readonly taken: number[] = [];
-  /** It takes nothing beyond so many at a time, and wakes its queue when there is room again. */
+  /** It takes nothing beyond so many at a time: see setCapacity. */
   capacity = Number.POSITIVE_INFINITY;
   /** Completes each chain as it comes, with so many bytes written. */
   atOnce: number | undefined;
   stops = 0;
   releases = 0;
   readonly #chain: DescriptorChain;
+  /** It left chains where they were, for want of room: only then has it a reason to wake its queue. */
+  #refused = false;
 
   constructor(port: QueuePort) {
     this.port = port;
@@ -23,6 +25,7 @@ export class HandService implements QueueService {
 
   serve(limit: number): number {
     let served = 0;
+    this.#refused = this.held.length >= this.capacity;
     while (served < limit && this.held.length < this.capacity && this.port.take(this.#chain)) {
       served++;
       this.taken.push(this.#chain.head);
@@ -36,6 +39,17 @@ export class HandService implements QueueService {
   complete(at = 0, written = 0): void {
     const [head] = this.held.splice(at, 1);
     this.port.complete(head, written);
+    this.#wakeIfRoom();
+  }
+
+  setCapacity(capacity: number): void {
+    this.capacity = capacity;
+    this.#wakeIfRoom();
+  }
+
+  #wakeIfRoom(): void {
+    if (!this.#refused || this.held.length >= this.capacity) return;
+    this.#refused = false;
     this.port.wake();
   }
 

@@ -1,15 +1,12 @@
 /**
  * A loop, a device and its queues, driven by hand: on the stand-in everything happens inside `run`, and a test
- * needs to wait for nothing. The same on a real ring: `withRealLoop`.
+ * needs to wait for nothing.
  */
-import * as fs from "node:fs";
-import { join } from "node:path";
 import * as Effect from "effect/Effect";
 import * as Exit from "effect/Exit";
 import * as Fiber from "effect/Fiber";
 import * as Scope from "effect/Scope";
 import { EventLoop } from "../../src/loop/event-loop.ts";
-import { openLoop } from "../../src/loop/open-loop.ts";
 import { LoopScheduler } from "../../src/loop/scheduler.ts";
 import type { VirtioDevice } from "../../src/virtio/device.ts";
 import type { VirtqueueFault } from "../../src/virtio/fault.ts";
@@ -119,21 +116,3 @@ export class Rig {
     this.run();
   }
 }
-
-/** Runs `body` on a loop with a real ring; what it opens in the scope is closed afterwards. */
-export async function withRealLoop(
-  body: (loop: EventLoop) => Effect.Effect<void, unknown, Scope.Scope>,
-): Promise<void> {
-  const scheduler = new LoopScheduler();
-  const program = Effect.gen(function* () {
-    const { loop } = yield* openLoop(scheduler, 1);
-    yield* body(loop);
-  });
-  await Effect.runPromise(Effect.scoped(program), { scheduler });
-}
-
-/** A folder of its own on a disk (/tmp may be memory, which knows no O_DIRECT), removed with the scope. */
-export const scratchFolder: Effect.Effect<string, never, Scope.Scope> = Effect.acquireRelease(
-  Effect.sync(() => fs.mkdtempSync(join(fs.existsSync("/var/tmp") ? "/var/tmp" : "/tmp", "loopguest-test-"))),
-  (folder) => Effect.sync(() => fs.rmSync(folder, { recursive: true, force: true })),
-);

@@ -12,7 +12,7 @@ import type {
   QueueCounters,
   Slot,
 } from "../../src/loop/completion-queue.ts";
-import { NO_OFFSET, WRITE_DSYNC } from "../../src/loop/completion-queue.ts";
+import { NO_OFFSET, POLL_IN, POLL_OUT, WRITE_DSYNC } from "../../src/loop/completion-queue.ts";
 import { ERRNO, native } from "../../src/native.ts";
 import { Random } from "./random.ts";
 
@@ -76,6 +76,16 @@ export class MemoryPipe {
   room = Number.POSITIVE_INFINITY;
   /** The (positive) error number of every further write. */
   gone: number | undefined;
+  /** O_NONBLOCK: what would have to wait fails with EAGAIN, and polls tell when it need not. */
+  isNonBlocking = false;
+
+  get isReadable(): boolean {
+    return this.incoming.length > 0 || this.ended;
+  }
+
+  get isWritable(): boolean {
+    return this.gone !== undefined || this.room > 0;
+  }
 
   get text(): string {
     return Buffer.from(this.written).toString();
@@ -282,10 +292,10 @@ export class StandInQueue implements CompletionQueue {
   /** Whether the file lets the operation go on. */
   #isReady(operation: Operation): boolean {
     const file = this.#files.get(operation.fd);
-    if (operation.kind === "poll" || operation.kind === "pollMultishot") return false;
-    if (!(file instanceof MemoryPipe)) return true;
-    if (operation.kind === "read") return file.incoming.length > 0 || file.ended;
-    return file.gone !== undefined || file.room > 0;
+    if (operation.kind === "pollMultishot") return false;
+    if (operation.kind === "poll") return file instanceof MemoryPipe && readyEvents(file, operation) !== 0;
+    if (!(file instanceof MemoryPipe) || file.isNonBlocking) return true;
+    return operation.kind === "read" ? file.isReadable : file.isWritable;
   }
 
   drain(limit: number): number {
@@ -369,18 +379,25 @@ export class StandInQueue implements CompletionQueue {
   }
 
   #onPipe(pipe: MemoryPipe, operation: Operation): number {
+    if (operation.kind === "poll") return readyEvents(pipe, operation);
     if (operation.offset !== NO_OFFSET) return -ERRNO.ESPIPE;
     if (operation.kind === "read") {
+      if (!pipe.isReadable) return -ERRNO.EAGAIN;
       const count = this.#part(Math.min(operation.length, pipe.incoming.length));
       scatter(operation, Uint8Array.from(pipe.incoming.splice(0, count)));
       return count;
     }
     if (pipe.gone !== undefined) return -pipe.gone;
+    if (!pipe.isWritable) return -ERRNO.EAGAIN;
     const count = this.#part(Math.min(operation.length, pipe.room));
     pipe.written.push(...gather(operation, count));
     pipe.room -= count;
     return count;
   }
+}
+
+function readyEvents(pipe: MemoryPipe, { flags }: Operation): number {
+  return flags & ((pipe.isReadable ? POLL_IN : 0) | (pipe.isWritable ? POLL_OUT : 0));
 }
 
 const PUNCH_HOLE_OR_ZERO_RANGE = 2 | 16;
