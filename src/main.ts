@@ -10,7 +10,7 @@ import { diagnose, renderJson, renderText } from "./cli/doctor.ts";
 import type { Services } from "./devices.ts";
 import { findUmlKernel } from "./hypervisor/uml-kernel.ts";
 import { probeIoUring } from "./loop/io-uring.ts";
-import { openLoop } from "./loop/open-loop.ts";
+import { type LoopTuning, openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
 import { openReporter } from "./reporter.ts";
 import { run } from "./run.ts";
@@ -41,12 +41,29 @@ const program = Effect.gen(function* () {
 /** Opens the loop and what goes with it, then runs the guest or serves. */
 function withLoop(command: RunCommand | ServeCommand) {
   return Effect.gen(function* () {
-    const opened = yield* openLoop(scheduler, os.availableParallelism());
+    const opened = yield* openLoop(scheduler, tuning());
     const reporter = yield* openReporter(opened.loop, command.verbose);
     const services: Services = { opened, reporter, stats: [] };
     yield* writeStats(opened, services.stats, command.stats);
     return yield* command._tag === "Run" ? run(services, command) : serve(services, command);
   });
+}
+
+/** The bench tries other bounds than the defaults by these variables; they are no part of the command line. */
+function tuning(): LoopTuning {
+  const number = (name: string): number | undefined => {
+    const text = process.env[name];
+    return text === undefined || text === "" ? undefined : Number(text);
+  };
+  const spinUs = number("LOOPGUEST_SPIN_US");
+  const signalAfter = number("LOOPGUEST_SIGNAL_AFTER");
+  return {
+    cpus: os.availableParallelism(),
+    ...(spinUs === undefined ? {} : { spinUs }),
+    ...(signalAfter === undefined
+      ? {}
+      : { signalAfter: signalAfter === 0 ? Number.POSITIVE_INFINITY : signalAfter }),
+  };
 }
 
 function doctor(json: boolean) {

@@ -402,7 +402,6 @@ class OutputService implements QueueService {
   }
 
   #onGone(errno: number): void {
-    if (this.#gone) return;
     this.#gone = true;
     this.#output?.onGone?.(errno);
   }

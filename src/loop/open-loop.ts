@@ -8,7 +8,7 @@ import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import { CONTROL, errnoName, native } from "../native.ts";
 import { POLL_IN } from "./completion-queue.ts";
-import { EventLoop } from "./event-loop.ts";
+import { EventLoop, SIGNAL_AFTER_DEFAULT, SPIN_US_DEFAULT } from "./event-loop.ts";
 import { IoUring, IoUringUnavailable } from "./io-uring.ts";
 import type { LoopScheduler } from "./scheduler.ts";
 
@@ -18,14 +18,18 @@ export interface OpenLoop {
   readonly sleeps: () => number;
 }
 
-/**
- * Opens the loop; it ends with the scope. Members and operations must be gone by then.
- *
- * @param cpus how many CPUs this process may use: with one, the loop never spins
- */
+export interface LoopTuning {
+  /** How many CPUs this process may use: with one, the loop never spins. */
+  readonly cpus: number;
+  /** See LoopOptions. The defaults are what the bench found best. */
+  readonly spinUs?: number;
+  readonly signalAfter?: number;
+}
+
+/** Opens the loop; it ends with the scope. Members and operations must be gone by then. */
 export function openLoop(
   scheduler: LoopScheduler,
-  cpus: number,
+  tuning: LoopTuning,
 ): Effect.Effect<OpenLoop, IoUringUnavailable, Scope.Scope> {
   const openRing = Effect.try({
     try: () => new IoUring(),
@@ -38,7 +42,8 @@ export function openLoop(
     const ring = yield* Effect.acquireRelease(openRing, closeAfterTurn);
     const { control } = ring;
     const loop = new EventLoop(ring, scheduler, {
-      spin: cpus > 1,
+      spinUs: tuning.cpus > 1 ? (tuning.spinUs ?? SPIN_US_DEFAULT) : 0,
+      signalAfter: tuning.signalAfter ?? SIGNAL_AFTER_DEFAULT,
       wake: () => {
         control[CONTROL.DIRTY] = 1;
       },

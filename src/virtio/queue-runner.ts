@@ -19,12 +19,6 @@ import { type QueueLayout, SplitQueue } from "./split-queue.ts";
 const BATCH_FIRST = 4;
 const BATCH_MAX = 16;
 
-/**
- * Used elements after which a guest that waits for an interrupt gets it, although there is more to do: its
- * wake-up, some 40 µs on another core, then overlaps the remaining work. The bench shows why it is not 1.
- */
-export const SIGNAL_AFTER = 6;
-
 export interface QueueCounters {
   kicks: number;
   chains: number;
@@ -190,7 +184,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     const queue = this.#queue;
     if (queue.unpublished > 0) {
       this.#publish();
-      if (queue.unsignalled >= SIGNAL_AFTER && queue.isArmed()) this.#signal();
+      if (queue.unsignalled >= this.loop.signalAfter && queue.isArmed()) this.#signal();
     }
     return this.peek() ? this.#serveBatch() : 0;
   }
@@ -226,9 +220,11 @@ export class QueueRunner implements LoopMember, QueuePort {
     if (queue.unpublished > 0) this.#publish();
     if (queue.unsignalled > 0) this.#signal();
     if (!idle) return "wait";
-    if (this.#memory.isLost) this.fail("its guest memory is lost");
     // A device that declined has its own reason to wake; until then a kick would tell it nothing.
-    if (this.#fault === undefined && !this.#declined && queue.enableNotifications()) {
+    const more = this.#fault === undefined && !this.#declined && queue.enableNotifications();
+    if (this.#memory.isLost) {
+      this.fail("its guest memory is lost");
+    } else if (more) {
       queue.disableNotifications();
       return "more";
     }

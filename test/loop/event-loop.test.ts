@@ -31,7 +31,7 @@ const cold: LoopMember = { work: () => 0, settle: () => "cold", peek: () => fals
 function byHand(body: (loop: EventLoop, queue: IoUring) => void, spin = false): void {
   const queue = new IoUring();
   try {
-    body(new EventLoop(queue, new LoopScheduler(), { spin, wake: () => {} }), queue);
+    body(new EventLoop(queue, new LoopScheduler(), { spinUs: spin ? 50 : 0, wake: () => {} }), queue);
   } finally {
     queue.close();
   }
@@ -654,7 +654,7 @@ ringTest("the scope may end in the middle of a turn, with more to handle and to 
     let handled = 0;
     // Many completions come in one drain; one of them resumes the fiber, which ends the scope there and then.
     const program = Effect.gen(function* () {
-      const { loop } = yield* openLoop(scheduler, 1);
+      const { loop } = yield* openLoop(scheduler, { cpus: 1 });
       const pollMany = (): void => {
         for (let i = 0; i < 30; i++) {
           const slot = loop.queue.claim(() => {

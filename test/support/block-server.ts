@@ -52,7 +52,7 @@ export async function withBlockServer(
   const scheduler = new LoopScheduler();
   const reports: string[] = [];
   const program = Effect.gen(function* () {
-    const open = yield* openLoop(scheduler, 1);
+    const open = yield* openLoop(scheduler, { cpus: 1 });
     const { loop } = open;
     const disk = yield* openDisk(loop, { file, readonly: options.readonly ?? false, direct: false });
     const device = new BlockDevice("vda", disk);

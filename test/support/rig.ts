@@ -78,7 +78,7 @@ export class Rig {
 
   constructor(options: StandInOptions = {}) {
     this.queue = new StandInQueue(options);
-    this.loop = new EventLoop(this.queue, this.scheduler, { spin: false, wake: () => {} });
+    this.loop = new EventLoop(this.queue, this.scheduler, { spinUs: 0, wake: () => {} });
     // Turns are taken by hand: nothing may run behind the test's back.
     this.scheduler.attach(() => {});
   }

@@ -18,7 +18,7 @@ export interface TestLoop extends OpenLoop {
 export function withLoop<A>(body: (open: TestLoop) => Promise<A>, cpus = os.availableParallelism()) {
   const scheduler = new LoopScheduler();
   const program = Effect.gen(function* () {
-    const open = yield* openLoop(scheduler, cpus);
+    const open = yield* openLoop(scheduler, { cpus });
     return yield* Effect.promise(() => body({ ...open, scheduler }));
   });
   return Effect.runPromise(Effect.scoped(program), { scheduler });

@@ -62,6 +62,15 @@ function serve(client: number, options: ConnectionOptions): Effect.Effect<void> 
     Effect.catchTag("ProtocolError", (error) =>
       Effect.sync(() => options.report(`${name}: ${error.message}; the connection is ended`)),
     ),
+    // A mistake of ours ends this connection; the socket stays, and so does everything else.
+    Effect.catchDefect((defect) =>
+      Effect.sync(() => {
+        const text = defect instanceof Error ? (defect.stack ?? defect.message) : String(defect);
+        options.report(
+          `${name}: the connection is ended by a defect of loopguest, please report it: ${text}`,
+        );
+      }),
+    ),
     Effect.andThen(Effect.sync(() => options.trace?.(`${name}: the front-end left`))),
   );
 }

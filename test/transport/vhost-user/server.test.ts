@@ -22,7 +22,7 @@ function listening(t: ExecutionContext, paths: readonly string[], body: () => Pr
   const file = path.join(folder.path, "disk");
   fs.writeFileSync(file, new Uint8Array(4096));
   const program = Effect.gen(function* () {
-    const { loop } = yield* openLoop(scheduler, 1);
+    const { loop } = yield* openLoop(scheduler, { cpus: 1 });
     const disk = yield* openDisk(loop, { file, readonly: false, direct: false });
     const device = new BlockDevice("vda", disk);
     for (const each of paths)
