@@ -83,8 +83,8 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#notify = start.notify;
     this.counters = start.counters;
     this.#queue = new SplitQueue(start.memory, start.layout);
-    start.memory.pin();
     this.#service = device.openQueue(this);
+    start.memory.pin();
   }
 
   get size(): number {
@@ -219,7 +219,10 @@ export class QueueRunner implements LoopMember, QueuePort {
     const queue = this.#queue;
     if (queue.unpublished > 0) this.#publish();
     if (queue.unsignalled > 0) this.#signal();
-    if (!idle) return "wait";
+    if (!idle) {
+      if (this.#memory.isLost) this.fail("its guest memory is lost");
+      return "wait";
+    }
     // A device that declined has its own reason to wake; until then a kick would tell it nothing.
     const more = this.#fault === undefined && !this.#declined && queue.enableNotifications();
     if (this.#memory.isLost) {
