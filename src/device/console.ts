@@ -37,6 +37,14 @@ const OUTPUT_CHAINS_MAX = 32;
 const OUTPUT_IOVECS_MAX = 512;
 const IOVEC_BYTES = 16;
 
+/**
+ * How long the input of a lone console waits for a sign of the driver's console. Linux gives the receive queue
+ * its buffers before it registers the console, throws away what arrives in between (its in_intr asks for
+ * guest_connected), and tells nobody when that is over. The first output does; a guest that says nothing gets
+ * its input after this time.
+ */
+const SILENCE_MS_MAX = 1000;
+
 export interface ConsoleOutput {
   /** Where the guest's bytes go: a descriptor, or a function for a few. */
   readonly to: number | ((bytes: Uint8Array) => void);
@@ -66,25 +74,32 @@ export class ConsoleDevice implements VirtioDevice {
   readonly trace: ((line: string) => void) | undefined;
   onConfigChange: (() => void) | undefined;
   #size: ConsoleSize;
+  readonly #silenceMs: number;
   readonly #control: Uint8Array[] = [];
   #controlPort: QueuePort | undefined;
   /** Ports whose guest side is ready for control messages. */
   readonly #ready = new Set<number>();
-  /** Ports that somebody in the guest has open. */
+  /** Ports that somebody in the guest has open; a lone console is one when its driver is ready for input. */
   readonly #guestOpen = new Set<number>();
   readonly #inputs: (InputService | undefined)[] = [];
   readonly #outputs: (OutputService | undefined)[] = [];
 
-  /** One port makes a plain console, more a multiport device. */
+  /**
+   * One port makes a plain console, more a multiport device.
+   *
+   * @param silenceMs how long the input of a plain console waits for the first output
+   */
   constructor(
     name: string,
     ports: readonly ConsolePort[],
     size: ConsoleSize,
     trace?: (line: string) => void,
+    silenceMs = SILENCE_MS_MAX,
   ) {
     this.name = name;
     this.ports = ports;
     this.#size = size;
+    this.#silenceMs = silenceMs;
     this.trace = trace;
     const multiport = ports.length > 1;
     this.features = CONSOLE_F_SIZE | (multiport ? CONSOLE_F_MULTIPORT : 0n);
@@ -118,17 +133,28 @@ export class ConsoleDevice implements VirtioDevice {
     const number = index < 2 ? 0 : (index >> 1) - 1;
     const target = this.ports[number];
     if (index % 2 === 1) {
-      const output = new OutputService(port, target.output);
+      const isLone = this.ports.length === 1;
+      const output = new OutputService(port, target.output, isLone ? () => this.#opened(number) : undefined);
       this.#outputs[number] = output;
       // Linux reads the size when it is told of a change, not at its start.
       this.onConfigChange?.();
       return output;
     }
-    // A driver forgets what comes for a port that nobody has open; a lone console is always open.
-    const isOpen = (): boolean => this.ports.length === 1 || this.#guestOpen.has(number);
+    // A driver forgets what comes for a port that nobody has open.
+    const isOpen = (): boolean => this.#guestOpen.has(number);
     const input = new InputService(port, target.input, isOpen, () => this.closePort(number));
     this.#inputs[number] = input;
+    if (this.ports.length === 1) {
+      this.#guestOpen.delete(number);
+      input.after(this.#silenceMs, () => this.#opened(number));
+    }
     return input;
+  }
+
+  /** Somebody in the guest takes input. */
+  #opened(number: number): void {
+    this.#guestOpen.add(number);
+    this.#inputs[number]?.wake();
   }
 
   /** Calls back when everything that the guest has written to these ports so far has been written out. */
@@ -189,8 +215,7 @@ export class ConsoleDevice implements VirtioDevice {
     if (event === CONTROL_EVENT.PORT_READY && value === 1) this.#onPortReady(id, port);
     if (event !== CONTROL_EVENT.PORT_OPEN) return;
     if (value === 0) this.#guestOpen.delete(id);
-    else this.#guestOpen.add(id);
-    this.#inputs[id]?.wake();
+    else this.#opened(id);
   }
 
   #onPortReady(id: number, port: ConsolePort): void {
@@ -210,6 +235,7 @@ class InputService implements QueueService {
   readonly #onEnd: () => void;
   readonly #chain: DescriptorChain;
   #endTold = false;
+  #timer: NodeJS.Timeout | undefined;
 
   constructor(port: QueuePort, input: HostInput | undefined, isOpen: () => boolean, onEnd: () => void) {
     this.#port = port;
@@ -223,9 +249,15 @@ class InputService implements QueueService {
     }
   }
 
-  /** Somebody in the guest opened or closed the port. */
+  /** Somebody in the guest opened the port. */
   wake(): void {
     this.#port.wake();
+  }
+
+  /** Calls back after this time, unless the queue is stopped before. */
+  after(ms: number, then: () => void): void {
+    if (ms === 0) then();
+    else this.#timer = setTimeout(then, ms);
   }
 
   serve(limit: number): number {
@@ -248,6 +280,7 @@ class InputService implements QueueService {
   }
 
   stop(): void {
+    clearTimeout(this.#timer);
     if (this.#input !== undefined) this.#input.onReadable = undefined;
   }
 
@@ -272,10 +305,13 @@ class OutputService implements QueueService {
   /** In flight is not a write, but a poll for the descriptor to take bytes again. */
   #isPolling = false;
   #onIdle: (() => void)[] = [];
+  /** Told once that the guest has said something. */
+  #onFirst: (() => void) | undefined;
 
-  constructor(port: QueuePort, output: ConsoleOutput | undefined) {
+  constructor(port: QueuePort, output: ConsoleOutput | undefined, onFirst: (() => void) | undefined) {
     this.#port = port;
     this.#output = output;
+    this.#onFirst = onFirst;
     this.#queue = port.loop.queue;
     this.#chain = new DescriptorChain(port.segmentsMax);
     this.#slot = this.#queue.claim((result) => this.#written(result));
@@ -306,6 +342,10 @@ class OutputService implements QueueService {
       served++;
       if (typeof to !== "number") this.#hand(to);
       else this.#gather();
+    }
+    if (served > 0) {
+      this.#onFirst?.();
+      this.#onFirst = undefined;
     }
     if (this.#count > 0) this.#write();
     else this.#completeAll();

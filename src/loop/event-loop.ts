@@ -167,7 +167,7 @@ export class EventLoop {
       const member = hot[i];
       if (member !== REMOVED) hot[kept++] = member;
     }
-    hot.length = kept;
+    if (kept < hot.length) hot.length = kept;
   }
 
   /**

@@ -146,7 +146,7 @@ export class SplitQueue {
     if (head >= this.size) throw this.#fault(`head ${head} is outside the queue of ${this.size}`);
     if (this.#taken[head] === 1) throw this.#fault(`head ${head} was made available while still in use`);
     chain.clear(head);
-    this.#walk(chain, this.#descriptors, this.size, head);
+    this.#walk(chain, this.#descriptors, 0, this.size, head);
     this.#taken[head] = 1;
     this.#takenCount++;
     this.nextAvailable = (this.nextAvailable + 1) & 0xffff;
@@ -159,14 +159,17 @@ export class SplitQueue {
     this.nextAvailable = (this.nextAvailable - 1) & 0xffff;
   }
 
-  /** Walks a table of `size` descriptors (the queue's own, or an indirect one) from `index`. */
-  #walk(chain: DescriptorChain, table: Uint32Array, size: number, index: number): void {
+  /**
+   * Walks a table of `size` descriptors (the queue's own, or an indirect one that starts at word `first`) from
+   * `index`. A descriptor's fields are read once each time the walk comes by; the steps are bounded.
+   */
+  #walk(chain: DescriptorChain, table: Uint32Array, first: number, size: number, index: number): void {
     const isIndirect = table !== this.#descriptors;
     let i = index;
     for (let steps = 0; ; steps++) {
       if (steps === size)
         throw this.#fault(`chain of head ${chain.head} has a loop: ${steps} descriptors and no end`);
-      const at = i * 4;
+      const at = first + i * 4;
       const low = table[at];
       const high = table[at + 1];
       const length = table[at + 2];
@@ -188,7 +191,7 @@ export class SplitQueue {
     }
   }
 
-  /** Section 2.7.5.3: the table is copied first, so that what is checked is what is used. */
+  /** Section 2.7.5.3. A table that is not aligned to words, or lies in two windows, is copied first. */
   #walkIndirect(chain: DescriptorChain, index: number, address: number, length: number): void {
     if (!this.#indirect) throw this.#fault(`descriptor ${index} is indirect, which was not negotiated`);
     if (length === 0 || length % DESC_BYTES !== 0) {
@@ -208,9 +211,15 @@ export class SplitQueue {
         `indirect table of descriptor ${index} at 0x${address.toString(16)} + ${length} is outside guest memory`,
       );
     }
-    const copy = indirectScratch;
-    copyWords(region, address - region.guestBase, length / 4, copy);
-    this.#walk(chain, copy, size, 0);
+    const offset = address - region.guestBase;
+    const window = region.words[Math.floor(offset / WINDOW_BYTES)];
+    const start = offset % WINDOW_BYTES;
+    if (start % 4 === 0 && start + length <= window.length * 4) {
+      this.#walk(chain, window, start / 4, size, 0);
+      return;
+    }
+    copyWords(region, offset, length / 4, indirectScratch);
+    this.#walk(chain, indirectScratch, 0, size, 0);
   }
 
   #addBuffer(
@@ -355,16 +364,9 @@ const indirectScratch = new Uint32Array(QUEUE_SIZE_MAX * 4);
 
 const WINDOW_BYTES = 0x100000000;
 
-/** Copies words out of a region, each once, at any alignment and across windows. */
+/** Copies words out of a region byte by byte, each once, at any alignment and across windows. */
 function copyWords(region: MemoryRegion, offset: number, count: number, into: Uint32Array): void {
-  const window = region.words[Math.floor(offset / WINDOW_BYTES)]!;
-  const start = offset % WINDOW_BYTES;
-  if (start % 4 === 0 && start / 4 + count <= window.length) {
-    const first = start / 4;
-    for (let i = 0; i < count; i++) into[i] = window[first + i];
-    return;
-  }
-  const byte = (at: number): number => region.bytes[Math.floor(at / WINDOW_BYTES)]![at % WINDOW_BYTES]!;
+  const byte = (at: number): number => region.bytes[Math.floor(at / WINDOW_BYTES)][at % WINDOW_BYTES];
   for (let i = 0; i < count; i++) {
     const at = offset + i * 4;
     into[i] = byte(at) | (byte(at + 1) << 8) | (byte(at + 2) << 16) | (byte(at + 3) << 24);
