@@ -7,6 +7,10 @@
  * always active keeps libuv's own poll phase from blocking; it is stopped while uv_backend_timeout is asked,
  * because an active idle handle makes that answer 0.
  *
+ * libuv adds new descriptors to its poll set only in its poll phase, and JavaScript may have opened some since
+ * (in a timer, say): as long as they wait, we do not sleep. Where libuv has nothing at all to do, we go round
+ * here and spare it (and ourselves a system call) the visit.
+ *
  * Whether to sleep is decided here, after the microtasks of the last turn have run, and not in JavaScript: a
  * promise continuation may have scheduled work after the turn returned.
  */
@@ -21,10 +25,13 @@
 #include <uv.h>
 
 /* Words that JavaScript and this file share; the same numbers stand in src/native.ts. */
-enum control { DIRTY, SLEEPS, WAKES_TIMEOUT, LAST_ERROR, CONTROL_WORDS };
+enum control { DIRTY, SLEEPS, LIBUV, LAST_ERROR, CONTROL_WORDS };
 
 /* What JavaScript tells about the ring: addresses, as doubles. The same order stands in src/native.ts. */
 enum ring_word { SQ_HEAD, SQ_TAIL, SQ_FLAGS, CQ_HEAD, CQ_TAIL, CONTROL, RING_WORDS };
+
+/* Turns and sleeps before libuv is visited although it has nothing to do that we know of. */
+#define ROUNDS_MAX 64
 
 struct sleeper {
 	uv_prepare_t prepare;
@@ -34,6 +41,7 @@ struct sleeper {
 	napi_async_context context;
 	int ring_fd;
 	int open_handles;
+	bool stopped;
 	unsigned *word[RING_WORDS];
 };
 
@@ -69,13 +77,27 @@ static void idle_nothing(uv_idle_t *handle)
 	(void)handle;
 }
 
+/*
+ * Whether descriptors wait to be added to libuv's poll set. The queue is a private field of uv_loop_t, with the
+ * same place and meaning (next, previous; empty when it points to itself) in all of libuv 1.
+ */
+static bool has_new_watchers(const uv_loop_t *loop)
+{
+	const void *const *queue = (const void *const *)(const void *)&loop->watcher_queue;
+
+	return queue[0] != (const void *)queue;
+}
+
 /* How long libuv would let its poll phase block: -1 is for ever, 0 not at all, else milliseconds. */
 static int libuv_timeout(struct sleeper *s)
 {
+	uv_loop_t *loop = s->prepare.loop;
 	int timeout;
 
+	if (has_new_watchers(loop))
+		return 0;
 	uv_idle_stop(&s->idle);
-	timeout = uv_backend_timeout(s->prepare.loop);
+	timeout = uv_backend_timeout(loop);
 	uv_idle_start(&s->idle, idle_nothing);
 	return timeout;
 }
@@ -96,24 +118,37 @@ static void call_turn(struct sleeper *s)
 	napi_close_handle_scope(env, scope);
 }
 
+static bool has_work(const struct sleeper *s)
+{
+	const unsigned *control = s->word[CONTROL];
+
+	return control[DIRTY] || has_completions(s) || control[LAST_ERROR] ||
+	       (load(s, SQ_FLAGS) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
 static void on_prepare(uv_prepare_t *handle)
 {
 	struct sleeper *s = handle->data;
 	unsigned *control = s->word[CONTROL];
 
-	if (!control[DIRTY] && !has_completions(s)) {
+	for (int round = 0; round < ROUNDS_MAX; round++) {
 		int timeout = libuv_timeout(s);
 
-		if (timeout != 0) {
-			control[SLEEPS]++;
-			enter(s, 1, timeout);
-		} else {
-			enter(s, 0, -1);
+		if (timeout == 0 && round > 0)
+			return;
+		if (!control[DIRTY] && !has_completions(s)) {
+			if (timeout != 0)
+				control[SLEEPS]++;
+			enter(s, timeout != 0, timeout != 0 ? timeout : -1);
 		}
-	}
-	if (control[DIRTY] || has_completions(s) || (load(s, SQ_FLAGS) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) ||
-	    control[LAST_ERROR])
+		if (!has_work(s))
+			return;
 		call_turn(s);
+		/* The turn may have stopped us, or seen that libuv has events to handle. */
+		if (s->stopped || control[LIBUV])
+			return;
+		uv_update_time(handle->loop);
+	}
 }
 
 static void on_closed(uv_handle_t *handle)
@@ -168,6 +203,7 @@ static napi_value sleep_stop(napi_env env, napi_callback_info info)
 
 	if (napi_get_value_external(env, args.value[0], (void **)&s) != napi_ok || !s)
 		return NULL;
+	s->stopped = true;
 	uv_prepare_stop(&s->prepare);
 	uv_idle_stop(&s->idle);
 	napi_delete_reference(env, s->turn);

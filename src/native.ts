@@ -67,7 +67,7 @@ export interface Native {
 }
 
 /** The words that sleep.c shares with the loop (enum control). */
-export const CONTROL = { DIRTY: 0, SLEEPS: 1, WAKES_TIMEOUT: 2, LAST_ERROR: 3, WORDS: 4 } as const;
+export const CONTROL = { DIRTY: 0, SLEEPS: 1, LIBUV: 2, LAST_ERROR: 3, WORDS: 4 } as const;
 
 /** The most descriptors that native.receive takes along; its `fds` has one more element, the count. */
 export const RECEIVE_FDS_MAX = 32;

@@ -40,10 +40,12 @@ const IOVEC_BYTES = 16;
 /**
  * How long the input of a lone console waits for a sign of the driver's console. Linux gives the receive queue
  * its buffers before it registers the console, throws away what arrives in between (its in_intr asks for
- * guest_connected), and tells nobody when that is over. The first output does; a guest that says nothing gets
- * its input after this time.
+ * guest_connected), and tells nobody when that is over. The first output shows that it is about to be; a guest
+ * that says nothing gets its input after this time.
  */
 const SILENCE_MS_MAX = 1000;
+/** How long input waits after the first output: the kernel's messages come a moment before it takes input. */
+const SETTLE_MS = 100;
 
 export interface ConsoleOutput {
   /** Where the guest's bytes go: a descriptor, or a function for a few. */
@@ -134,7 +136,10 @@ export class ConsoleDevice implements VirtioDevice {
     const target = this.ports[number];
     if (index % 2 === 1) {
       const isLone = this.ports.length === 1;
-      const output = new OutputService(port, target.output, isLone ? () => this.#opened(number) : undefined);
+      const onFirst = isLone
+        ? () => this.#openAfter(number, Math.min(SETTLE_MS, this.#silenceMs))
+        : undefined;
+      const output = new OutputService(port, target.output, onFirst);
       this.#outputs[number] = output;
       // Linux reads the size when it is told of a change, not at its start.
       this.onConfigChange?.();
@@ -146,9 +151,13 @@ export class ConsoleDevice implements VirtioDevice {
     this.#inputs[number] = input;
     if (this.ports.length === 1) {
       this.#guestOpen.delete(number);
-      input.after(this.#silenceMs, () => this.#opened(number));
+      this.#openAfter(number, this.#silenceMs);
     }
     return input;
+  }
+
+  #openAfter(number: number, ms: number): void {
+    this.#inputs[number]?.after(ms, () => this.#opened(number));
   }
 
   /** Somebody in the guest takes input. */
@@ -254,8 +263,9 @@ class InputService implements QueueService {
     this.#port.wake();
   }
 
-  /** Calls back after this time, unless the queue is stopped before. */
+  /** Calls back after this time, unless the queue is stopped or this is asked again before. */
   after(ms: number, then: () => void): void {
+    clearTimeout(this.#timer);
     if (ms === 0) then();
     else this.#timer = setTimeout(then, ms);
   }

@@ -101,11 +101,24 @@ function openFile(
       if (stat.isDirectory()) throw Object.assign(new Error("folder"), { code: "EISDIR" });
       if (!stat.isFile() && !stat.isBlockDevice())
         throw new Error("is neither a regular file nor a block device");
-      return fs.openSync(file, flags);
+      return openWithoutAccessTimes(file, flags);
     },
     catch: (error) => new DiskError({ file, message: openMessage(file, flags, readonly, error) }),
   });
   return Effect.acquireRelease(open, (fd) => Effect.sync(() => fs.closeSync(fd)));
+}
+
+/** O_NOATIME of asm-generic/fcntl.h: a guest's reads are no reason to write the host's inode. */
+const O_NOATIME = 0o1000000;
+
+/** Only a file's owner may ask for that; others get the file as it is. */
+function openWithoutAccessTimes(file: string, flags: number): number {
+  try {
+    return fs.openSync(file, flags | O_NOATIME);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EPERM") throw error;
+    return fs.openSync(file, flags);
+  }
 }
 
 function openMessage(file: string, flags: number, readonly: boolean, error: unknown): string {

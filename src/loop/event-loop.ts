@@ -37,6 +37,9 @@ const LAPS_MAX = 32;
 /** How long a loop that has just worked looks out for more before it sleeps, in microseconds. */
 export const SPIN_US_DEFAULT = 50;
 
+/** How many successes in a row are remembered, and how many failures. */
+const SPIN_CREDIT_MAX = 16;
+
 /**
  * Results after which somebody who waits for a signal gets it, although there is more to do: a guest's wake-up,
  * some 40 µs on another core, then overlaps the remaining work. The bench shows why it is not 1.
@@ -73,7 +76,7 @@ export class EventLoop {
   readonly #isHot = new Set<LoopMember>();
   #workSinceSettle = 0;
   #yielding = false;
-  /** Spins that may fail before the loop stops spinning for a while; see #spin. */
+  /** What spinning has earned lately, and how often it is left out for now; see #spin. */
   #spinCredit = 0;
   #spinRest = 0;
   readonly #spinUs: number;
@@ -171,9 +174,9 @@ export class EventLoop {
   }
 
   /**
-   * Looks out for work for at most `spinUs` before the process sleeps: waking it from another core costs
-   * more than that. It pays only while the guest runs on another core and answers at once, so it adapts: a
-   * success buys further tries, and after a run of failures the loop rests from spinning, longer each time.
+   * Looks out for work for at most `spinUs` before the process sleeps: waking it from another core costs more
+   * than that. It pays only while the guest runs on another core and answers at once, so it adapts: a success
+   * earns half of what a failure costs, and without credit the loop rests from spinning, longer each time.
    */
   #spin(): boolean {
     if (this.#spinUs === 0) return false;
@@ -182,20 +185,27 @@ export class EventLoop {
       return false;
     }
     this.counters.spins++;
-    const end = performance.now() + this.#spinUs / 1000;
+    const start = performance.now();
+    const end = start + this.#spinUs / 1000;
     do {
       for (let i = 0; i < 32; i++) {
-        if (this.#peek()) {
-          this.counters.spinHits++;
-          this.#spinCredit = 8;
-          return true;
-        }
+        if (!this.#peek()) continue;
+        this.counters.spinHits++;
+        // Work that came after the end was brought by somebody who had to take our CPU for it: no success.
+        if (performance.now() < end)
+          this.#spinCredit = Math.min(SPIN_CREDIT_MAX, Math.max(0, this.#spinCredit) + 1);
+        else this.#restFromSpinning();
+        return true;
       }
     } while (performance.now() < end);
-    if (--this.#spinCredit <= 0) {
-      this.#spinRest = Math.min(1024, 16 << Math.min(6, -this.#spinCredit));
-    }
+    this.#restFromSpinning();
     return false;
+  }
+
+  /** A spin has failed: it costs two successes. */
+  #restFromSpinning(): void {
+    this.#spinCredit = Math.max(-SPIN_CREDIT_MAX, this.#spinCredit - 2);
+    if (this.#spinCredit < 0) this.#spinRest = 16 << Math.min(6, -this.#spinCredit);
   }
 
   #peek(): boolean {

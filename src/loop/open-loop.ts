@@ -89,6 +89,7 @@ function sleepInRing(ring: IoUring, loop: EventLoop): () => void {
     control[CONTROL.DIRTY] = 0;
     const more = loop.turn();
     ring.publish();
+    control[CONTROL.LIBUV] = libuvReady ? 1 : 0;
     control[CONTROL.DIRTY] = more || libuvReady || ring.hasBacklog ? 1 : 0;
   };
   const sleeper = native.sleepStart(ring.fd, ring.words, turn);

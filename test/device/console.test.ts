@@ -57,13 +57,14 @@ interface Scene {
 }
 
 /** A lone console between two pipes. */
-function setScene(options: StandInOptions = {}): Scene {
+function setScene(options: StandInOptions = {}, silenceMs = 0): Scene {
   const rig = new Rig(options);
   const [stdin, stdout] = [new MemoryPipe(), new MemoryPipe()];
   const input = rig.open(HostInput.open(rig.queue, rig.queue.open(stdin)));
   const gone: number[] = [];
   const output = { to: rig.queue.open(stdout), onGone: (errno: number) => gone.push(errno) };
-  const device = new ConsoleDevice("console", [{ name: undefined, isConsole: true, input, output }], SIZE);
+  const ports = [{ name: undefined, isConsole: true, input, output }];
+  const device = new ConsoleDevice("console", ports, SIZE, undefined, silenceMs);
   const memory = makeMemory([{ guestBase: 0, size: 8 * MIB }]);
   const receive = startQueue(rig, device, memory, 0);
   const transmit = startQueue(rig, device, memory, 1);
@@ -121,6 +122,38 @@ test("input that finds no buffer is not lost; a buffer that finds no input is no
   stdin.type("late");
   rig.run();
   t.is(typed(receive, second), "late");
+});
+
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** Runs the rig until a buffer is used; false after five seconds. */
+async function isUsed({ rig, receive }: Scene): Promise<boolean> {
+  for (let waited = 0; waited < 5000 && !receive.driver.hasUsed; waited += 10) {
+    await sleep(10);
+    rig.run();
+  }
+  return receive.driver.hasUsed;
+}
+
+test("input waits until the driver has its console: for the first output, or for a time of silence", async (t) => {
+  // Longer than isUsed waits.
+  const talking = setScene({}, 60_000);
+  const first = offerBuffer(talking.receive, 64);
+  talking.stdin.type("early");
+  await sleep(200);
+  talking.rig.run();
+  t.false(talking.receive.driver.hasUsed);
+  say(talking.transmit, "hello");
+  t.true(await isUsed(talking));
+  t.is(typed(talking.receive, first), "early");
+
+  const silent = setScene({}, 50);
+  const second = offerBuffer(silent.receive, 64);
+  silent.stdin.type("early");
+  silent.rig.run();
+  t.false(silent.receive.driver.hasUsed);
+  t.true(await isUsed(silent));
+  t.is(typed(silent.receive, second), "early");
 });
 
 test("input is spread over the segments of one buffer", (t) => {

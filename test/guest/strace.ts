@@ -45,6 +45,7 @@ export const parseStrace = (log: string): SystemCall[] => {
     if (match === null) continue;
     const tid = Number(match[1]);
     let text = match[2];
+    if (text.includes(" <detached ...>")) continue;
     const unfinished = text.indexOf(" <unfinished ...>");
     if (unfinished >= 0) {
       begun.set(tid, text.slice(0, unfinished));

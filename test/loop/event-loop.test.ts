@@ -542,6 +542,31 @@ async function within<A>(ms: number, what: string, promise: Promise<A>): Promise
   }
 }
 
+ringTest("a descriptor that a timer opens is not slept over", async (t) => {
+  await withLoop(async () => {
+    // In a process of its own: a listener of ours would bring libuv to its poll phase by itself.
+    const script = `const server = require("net").createServer((socket) => socket.end("there"));
+      server.listen(0, "127.0.0.1", () => console.log(server.address().port));
+      process.stdin.on("end", () => process.exit()).resume();`;
+    const server = spawn(process.execPath, ["-e", script], { stdio: ["pipe", "pipe", "inherit"] });
+    const port = Number(await new Promise<Buffer>((resolve) => server.stdout.once("data", resolve)));
+    // libuv watches it only from its next poll phase on; between the timer and that lies our place to sleep.
+    for (let i = 0; i < 5; i++) {
+      const text = await new Promise<string>((resolve, reject) => {
+        const late = setTimeout(() => reject(new Error("the connection is not noticed")), 5000);
+        setTimeout(() => {
+          net.connect(port, "127.0.0.1").on("data", (bytes) => {
+            clearTimeout(late);
+            resolve(bytes.toString());
+          });
+        }, 5);
+      });
+      t.is(text, "there");
+    }
+    server.stdin.end();
+  });
+});
+
 ringTest("what a promise schedules after the turn is not slept over", async (t) => {
   await withLoop(async ({ loop, scheduler }) => {
     const fd = native.eventfd();
