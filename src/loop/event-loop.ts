@@ -23,10 +23,12 @@ export interface LoopMember {
   settle(idle: boolean): "more" | "wait" | "cold";
   /** A cheap look whether work has arrived, for the spin; no side effect. */
   peek(): boolean;
+  /** Whether somebody waits for a signal about results that are there; no side effect. */
+  owes?(): boolean;
 }
 
 /** Stands where a member was until the next before-idle step clears it away. */
-const REMOVED: LoopMember = { work: () => 0, settle: () => "cold", peek: () => false };
+const REMOVED: LoopMember = { work: () => 0, settle: () => "cold", peek: () => false, owes: () => false };
 
 /** Completions that one lap takes before members get their turn. */
 const DRAIN_MAX = 64;
@@ -38,7 +40,7 @@ const LAPS_MAX = 32;
 export const SPIN_US_DEFAULT = 50;
 
 /** How many successes in a row are remembered, and how many failures. */
-const SPIN_CREDIT_MAX = 16;
+const CREDIT_MAX = 16;
 
 /**
  * Results after which somebody who waits for a signal gets it, although there is more to do: a guest's wake-up,
@@ -63,6 +65,41 @@ export interface LoopOptions {
   readonly wake: () => void;
 }
 
+/**
+ * Something that is worth its time only sometimes: without credit it rests, longer each time; the first success
+ * after that makes up for all failures.
+ */
+class Adaptive {
+  readonly #cost: number;
+  #credit = 0;
+  #rest = 0;
+
+  /** @param cost what a failure costs; a success earns 2 */
+  constructor(cost: number) {
+    this.#cost = cost;
+  }
+
+  get isDue(): boolean {
+    return this.#rest === 0;
+  }
+
+  /** Whether to try now; counts the rest down. */
+  attempt(): boolean {
+    if (this.#rest === 0) return true;
+    this.#rest--;
+    return false;
+  }
+
+  succeeded(): void {
+    this.#credit = Math.min(CREDIT_MAX, Math.max(0, this.#credit) + 2);
+  }
+
+  failed(): void {
+    this.#credit = Math.max(-CREDIT_MAX, this.#credit - this.#cost);
+    if (this.#credit < 0) this.#rest = 8 << Math.min(7, -this.#credit);
+  }
+}
+
 export class EventLoop {
   readonly queue: CompletionQueue;
   readonly scheduler: LoopScheduler;
@@ -76,9 +113,9 @@ export class EventLoop {
   readonly #isHot = new Set<LoopMember>();
   #workSinceSettle = 0;
   #yielding = false;
-  /** What spinning has earned lately, and how often it is left out for now; see #spin. */
-  #spinCredit = 0;
-  #spinRest = 0;
+  /** Looking out for work after everything is settled, and before somebody who waits is told. */
+  readonly #spinning = new Adaptive(4);
+  readonly #holding = new Adaptive(1);
   readonly #spinUs: number;
 
   constructor(queue: CompletionQueue, scheduler: LoopScheduler, options: LoopOptions) {
@@ -131,6 +168,7 @@ export class EventLoop {
       if (this.#yielding) return true;
       if (busy) continue;
       if (this.#hot.length === 0) return false;
+      if (this.#hold()) continue;
       this.#settle(false);
       if (this.#spin()) continue;
       if (!this.#settle(true)) return false;
@@ -173,39 +211,52 @@ export class EventLoop {
     if (kept < hot.length) hot.length = kept;
   }
 
+  /** Whether members keep back results that somebody waits for, to tell of several at once. */
+  get isHolding(): boolean {
+    return this.#spinUs > 0 && this.#holding.isDue;
+  }
+
+  /**
+   * Before somebody who waits is told of his results: looks out for more work, if that has come lately without
+   * being told. A guest that submits one request after the other is then not interrupted after each; one that
+   * waits for every answer makes this fail, and is told at once.
+   */
+  #hold(): boolean {
+    if (this.#spinUs === 0 || !this.#owes()) return false;
+    return this.#holding.attempt() && this.#lookOut(this.#holding);
+  }
+
   /**
    * Looks out for work for at most `spinUs` before the process sleeps: waking it from another core costs more
-   * than that. It pays only while the guest runs on another core and answers at once, so it adapts: a success
-   * earns half of what a failure costs, and without credit the loop rests from spinning, longer each time.
+   * than that. It pays only while the guest runs on another core and answers at once.
    */
   #spin(): boolean {
-    if (this.#spinUs === 0) return false;
-    if (this.#spinRest > 0) {
-      this.#spinRest--;
-      return false;
-    }
+    if (this.#spinUs === 0 || !this.#spinning.attempt()) return false;
     this.counters.spins++;
-    const start = performance.now();
-    const end = start + this.#spinUs / 1000;
+    const found = this.#lookOut(this.#spinning);
+    if (found) this.counters.spinHits++;
+    return found;
+  }
+
+  #lookOut(adaptive: Adaptive): boolean {
+    const end = performance.now() + this.#spinUs / 1000;
     do {
       for (let i = 0; i < 32; i++) {
         if (!this.#peek()) continue;
-        this.counters.spinHits++;
         // Work that came after the end was brought by somebody who had to take our CPU for it: no success.
-        if (performance.now() < end)
-          this.#spinCredit = Math.min(SPIN_CREDIT_MAX, Math.max(0, this.#spinCredit) + 1);
-        else this.#restFromSpinning();
+        if (performance.now() < end) adaptive.succeeded();
+        else adaptive.failed();
         return true;
       }
     } while (performance.now() < end);
-    this.#restFromSpinning();
+    adaptive.failed();
     return false;
   }
 
-  /** A spin has failed: it costs two successes. */
-  #restFromSpinning(): void {
-    this.#spinCredit = Math.max(-SPIN_CREDIT_MAX, this.#spinCredit - 2);
-    if (this.#spinCredit < 0) this.#spinRest = 16 << Math.min(6, -this.#spinCredit);
+  #owes(): boolean {
+    const hot = this.#hot;
+    for (let i = 0; i < hot.length; i++) if (hot[i].owes?.()) return true;
+    return false;
   }
 
   #peek(): boolean {

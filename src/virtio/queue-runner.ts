@@ -181,12 +181,24 @@ export class QueueRunner implements LoopMember, QueuePort {
   }
 
   work(): number {
-    const queue = this.#queue;
-    if (queue.unpublished > 0) {
-      this.#publish();
-      if (queue.unsignalled >= this.loop.signalAfter && queue.isArmed()) this.#signal();
-    }
+    if (this.#queue.unpublished > 0) this.#deliver();
     return this.peek() ? this.#serveBatch() : 0;
+  }
+
+  /**
+   * Under load: a driver that polls sees results at once; one that waits for its interrupt gets it when enough
+   * has come together, and until then has no use for the index either.
+   */
+  #deliver(): void {
+    const queue = this.#queue;
+    const waits = queue.isArmed();
+    if (waits && queue.unsignalled < this.loop.signalAfter && this.loop.isHolding) return;
+    this.#publish();
+    if (waits && queue.unsignalled >= this.loop.signalAfter) this.#signal();
+  }
+
+  owes(): boolean {
+    return this.#queue.unsignalled > 0 && this.#queue.isArmed();
   }
 
   peek(): boolean {

@@ -381,6 +381,80 @@ ringTest("a loop that finds nothing by spinning stops spinning for a while", (t)
   }, true);
 });
 
+ringTest(
+  "one who waits is told of several results at once when more comes untold, and at once when not",
+  (t) => {
+    for (const comes of [true, false]) {
+      byHand((loop) => {
+        let available = 0;
+        let results = 0;
+        let told = 0;
+        let looks = 0;
+        const member: LoopMember = {
+          work: () => {
+            if (available === 0) return 0;
+            available--;
+            results++;
+            return 1;
+          },
+          settle: (idle) => {
+            if (results > 0) told++;
+            results = 0;
+            return idle ? "cold" : "wait";
+          },
+          // A request comes with every tenth look, three times, although nobody was told of the ones before.
+          peek: () => {
+            if (comes && results > 0 && ++looks % 10 === 0 && looks <= 30) available++;
+            return available > 0;
+          },
+          owes: () => results > 0,
+        };
+        let allAtOnce = 0;
+        // Many times: code that is not yet compiled may be too slow to succeed, and then holding rests.
+        for (let round = 0; round < 300; round++) {
+          available = 1;
+          told = 0;
+          looks = 0;
+          loop.heat(member);
+          loop.turn();
+          if (told === 1 && looks > 30) allAtOnce++;
+          if (!comes) t.is(told, 1);
+        }
+        if (comes) t.true(allAtOnce > 100, `four were told of at once in ${allAtOnce} of 300 rounds`);
+      }, true);
+    }
+  },
+);
+
+ringTest("a guest that waits for every answer makes holding rest", (t) => {
+  byHand((loop) => {
+    let results = 0;
+    let looks = 0;
+    const member: LoopMember = {
+      work: () => 0,
+      settle: (idle) => {
+        results = 0;
+        return idle ? "cold" : "wait";
+      },
+      peek: () => {
+        if (results > 0) looks++;
+        return false;
+      },
+      owes: () => results > 0,
+    };
+    let turnsWithHolding = 0;
+    for (let turn = 0; turn < 200; turn++) {
+      looks = 0;
+      results = 1;
+      loop.heat(member);
+      loop.turn();
+      if (looks > 0) turnsWithHolding++;
+    }
+    t.true(turnsWithHolding > 0);
+    t.true(turnsWithHolding < 20, `${turnsWithHolding} of 200 answers were held back`);
+  }, true);
+});
+
 // Node in the loop.
 
 /** Keeps `depth` page-cache reads in flight, each restarted from its completion, until `stop`. */
