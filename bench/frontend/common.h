@@ -1,4 +1,4 @@
-/* What every part of the load generator needs: failing with a message, and the clock. */
+/* What every program here needs: failing with a message, and the clock. */
 #ifndef COMMON_H
 #define COMMON_H
 
@@ -11,7 +11,7 @@
 
 #define PRINTF_LIKE __attribute__((format(printf, 1, 2)))
 
-/* Print "vu-blk-load: <message>" to stderr and exit 1: the back-end or the system did something wrong. */
+/* Print "<program>: <message>" to stderr and exit 1: the back-end or the system did something wrong. */
 _Noreturn void fail(const char *format, ...) PRINTF_LIKE;
 
 /* The same, followed by a pointer to --help, and exit 2: the command line is wrong. */

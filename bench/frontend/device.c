@@ -35,7 +35,7 @@ static int connect_to(const char *path, int timeout_ms) {
     if ((errno != ENOENT && errno != ECONNREFUSED) || now_ns() > give_up)
       fail("cannot connect to %s: %s; is the back-end running?", path, strerror(errno));
     close(fd);
-    usleep(5000);
+    usleep(1000);
   }
 }
 

@@ -87,7 +87,8 @@ static void begin_window(struct run *run) {
 
 static void end_window(struct run *run) {
   struct load_result *result = run->result;
-  result->seconds = (double)(now_ns() - run->window_began_ns) / 1e9;
+  result->ends_ns = now_ns();
+  result->seconds = (double)(result->ends_ns - run->window_began_ns) / 1e9;
   result->own = usage_between(result->own, usage_read(getpid()));
   if (run->options->watch_pid != 0)
     result->watched = usage_between(result->watched, usage_read(run->options->watch_pid));
@@ -257,6 +258,16 @@ static void run_waiting(struct run *run) {
   }
 }
 
+/* Nothing in flight, the queues running: what the back-end does now it does for itself. */
+static void hold(const struct options *o, struct load_result *result) {
+  usleep(300000); /* what the end of the load still causes */
+  uint64_t began_ns = now_ns();
+  struct usage before = usage_read(o->watch_pid);
+  usleep((useconds_t)(o->hold_seconds * 1e6));
+  result->held = usage_between(before, usage_read(o->watch_pid));
+  result->held_seconds = (double)(now_ns() - began_ns) / 1e9;
+}
+
 void load_run(struct device *devices, unsigned count, const struct options *options,
               struct load_result *result) {
   struct run run = {.options = options, .result = result, .to_submit = UINT64_MAX};
@@ -267,5 +278,6 @@ void load_run(struct device *devices, unsigned count, const struct options *opti
   fill_queues(&run);
   if (options->wait) run_waiting(&run);
   else run_polling(&run);
+  if (options->hold_seconds > 0 && options->watch_pid != 0) hold(options, result);
   close(run.epoll);
 }

@@ -6,7 +6,8 @@
 #include "watch.h"
 
 struct load_result {
-  double seconds; /* of the measured window */
+  double seconds;   /* of the measured window */
+  uint64_t ends_ns; /* when the window ended, on the monotonic clock */
   struct histogram latency;
   uint64_t operations;
   struct queue_counts counts; /* of all queues */
@@ -14,6 +15,8 @@ struct load_result {
   uint64_t wakeups;           /* times that we slept and were woken */
   uint64_t queue_operations[MAX_SOCKETS * MAX_QUEUES];
   struct usage own, watched;
+  struct usage held; /* --hold: what the watched process used while nothing was in flight */
+  double held_seconds;
 };
 
 /* Run the load that the options describe on devices[0..count), and leave no request in flight. */

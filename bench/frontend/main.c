@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,27 +18,6 @@
 #include "load.h"
 #include "null_backend.h"
 #include "pattern.h"
-
-static void print_error(const char *format, va_list arguments) {
-  fputs("vu-blk-load: ", stderr);
-  vfprintf(stderr, format, arguments);
-  fputc('\n', stderr);
-}
-
-_Noreturn void fail(const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  print_error(format, arguments);
-  exit(1);
-}
-
-_Noreturn void usage_error(const char *format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  print_error(format, arguments);
-  fputs("vu-blk-load --help lists the options\n", stderr);
-  exit(2);
-}
 
 static void pin(int cpu) {
   cpu_set_t set;
@@ -55,11 +33,11 @@ static double percentile_us(const struct histogram *latency, double fraction) {
 static void print_usage(const char *name, const struct usage *usage) {
   printf(
       ",\"%s\":{\"cpu_us\":%.3f,\"user_us\":%llu,\"system_us\":%llu,\"voluntary_switches\":%llu,"
-      "\"involuntary_switches\":%llu,\"threads\":%llu,\"rss_bytes\":%llu}",
+      "\"involuntary_switches\":%llu,\"threads\":%llu,\"rss_bytes\":%llu,\"shared_bytes\":%llu}",
       name, (double)usage->cpu_ns / 1000, (unsigned long long)usage->user_us,
       (unsigned long long)usage->system_us, (unsigned long long)usage->voluntary,
       (unsigned long long)usage->involuntary, (unsigned long long)usage->threads,
-      (unsigned long long)usage->rss_bytes);
+      (unsigned long long)usage->rss_bytes, (unsigned long long)usage->shared_bytes);
 }
 
 static void print_run(const struct options *o, const struct device *device, unsigned devices) {
@@ -79,9 +57,9 @@ static void print_result(const struct options *o, const struct device *device, u
   const struct queue_counts *counts = &result->counts;
   print_run(o, device, devices);
   printf(
-      ",\"seconds\":%.6f,\"operations\":%llu,\"ops_per_second\":%.1f,\"reads\":%llu,\"writes\":%llu,"
+      ",\"seconds\":%.6f,\"ends_ns\":%llu,\"operations\":%llu,\"ops_per_second\":%.1f,\"reads\":%llu,\"writes\":%llu,"
       "\"flushes\":%llu,\"verified\":%llu",
-      result->seconds, (unsigned long long)result->operations, (double)result->operations / result->seconds,
+      result->seconds, (unsigned long long)result->ends_ns, (unsigned long long)result->operations, (double)result->operations / result->seconds,
       (unsigned long long)counts->reads, (unsigned long long)counts->writes,
       (unsigned long long)counts->flushes, (unsigned long long)counts->verified);
   printf(",\"latency_us\":{\"mean\":%.3f,\"p50\":%.3f,\"p99\":%.3f,\"p999\":%.3f,\"max\":%.3f}",
@@ -96,6 +74,10 @@ static void print_result(const struct options *o, const struct device *device, u
   printf("]");
   print_usage("front_end", &result->own);
   if (o->watch_pid != 0) print_usage("back_end", &result->watched);
+  if (result->held_seconds > 0) {
+    print_usage("held", &result->held);
+    printf(",\"held_seconds\":%.6f", result->held_seconds);
+  }
   if (o->histogram) {
     printf(",\"histogram_ns\":");
     histogram_print(latency, stdout);

@@ -41,6 +41,7 @@ static const char HELP[] =
     "  --cpu=N            pin this program to a CPU\n"
     "  --watch-pid=PID    report this process's CPU time and context switches over the window\n"
     "  --histogram        add the latency buckets to the result\n"
+    "  --hold=S           stay connected for so long after the load, and report the idle back-end, too\n"
     "  --timeout=S        give up when nothing completes or answers for so long (10)\n"
     "KIND of null back-end: instant (completes, touches no data), pattern (fills in the right data),\n"
     "  wrong-data, io-error, silent (never completes), no-irq (completes, never interrupts)\n";
@@ -103,6 +104,7 @@ static const struct option OPTIONS[] = {
     {"cpu", required_argument, NULL, 'C'},
     {"watch-pid", required_argument, NULL, 'W'},
     {"histogram", no_argument, NULL, 'H'},
+    {"hold", required_argument, NULL, 'O'},
     {"timeout", required_argument, NULL, 'T'},
     {"null", optional_argument, NULL, 'n'},
     {"serve-null", required_argument, NULL, 'N'},
@@ -148,6 +150,7 @@ static void take_other_option(struct options *o, int letter, const char *name, c
     case 'C': o->cpu = (int)parse_number(name, arg, 0, 1023); break;
     case 'W': o->watch_pid = (int)parse_number(name, arg, 1, INT_MAX); break;
     case 'H': o->histogram = true; break;
+    case 'O': o->hold_seconds = parse_seconds(name, arg); break;
     case 'T': o->timeout_ms = (int)(parse_seconds(name, arg) * 1000); break;
     case 'n':
       o->null = (enum null_mode)(arg == NULL ? NULL_INSTANT : parse_choice(name, arg, NULLS) + 1);

@@ -59,6 +59,18 @@ static void read_stat(struct usage *usage, int pid) {
   usage->rss_bytes = (uint64_t)rss * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
+/* RssShmem of /proc/PID/status, which is in KiB. */
+static void read_shared(struct usage *usage, int pid) {
+  char path[64], line[256];
+  unsigned long long kib;
+  snprintf(path, sizeof path, "/proc/%d/status", pid);
+  FILE *file = fopen(path, "re");
+  if (file == NULL) fail("--watch-pid=%d: cannot read %s: %s", pid, path, strerror(errno));
+  while (fgets(line, sizeof line, file) != NULL)
+    if (sscanf(line, "RssShmem: %llu", &kib) == 1) usage->shared_bytes = kib * 1024;
+  fclose(file);
+}
+
 struct usage usage_read(int pid) {
   struct usage usage = {0};
   clockid_t clock;
@@ -68,6 +80,7 @@ struct usage usage_read(int pid) {
   usage.cpu_ns = (uint64_t)cpu.tv_sec * 1000000000u + (uint64_t)cpu.tv_nsec;
   read_threads(&usage, pid);
   read_stat(&usage, pid);
+  read_shared(&usage, pid);
   return usage;
 }
 

@@ -10,12 +10,13 @@ struct usage {
   uint64_t voluntary, involuntary; /* context switches of the threads that live */
   uint64_t threads;
   uint64_t rss_bytes;
+  uint64_t shared_bytes; /* the part of it that is shared memory: the guest memory that it has touched */
 };
 
 /* Read the usage of a process; fails when it is gone. */
 struct usage usage_read(int pid);
 
-/* What was used between two readings; threads and rss_bytes are the later ones. */
+/* What was used between two readings; threads, rss_bytes and shared_bytes are the later ones. */
 struct usage usage_between(struct usage from, struct usage to);
 
 #endif

@@ -1,6 +1,7 @@
 /** The back-ends that can be compared: how each is started to serve disks over vhost-user, one process each. */
 import { existsSync, readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
+import { buildThreads } from "../threads/build.ts";
 import { BenchError, type Child, findProgram, runProgram, startChild } from "./children.ts";
 
 export interface Disk {
@@ -21,6 +22,12 @@ export interface BackEnd {
   readonly version: () => Promise<string>;
   /** The command that serves all the disks from one process and stays in the foreground. */
   readonly command: (disks: readonly Disk[]) => string[];
+  /** The command that serves a console on its stdin and stdout, where it can. */
+  readonly console?: (socket: string) => string[];
+  /** What has to be built first. */
+  readonly prepare?: () => Promise<unknown>;
+  /** Added to the environment. */
+  readonly env?: Readonly<Record<string, string>>;
 }
 
 export interface RunningBackEnd {
@@ -30,7 +37,8 @@ export interface RunningBackEnd {
   readonly stop: () => Promise<void>;
 }
 
-const ROOT = join(import.meta.dirname, "..", "..");
+/** The checkout. */
+export const ROOT = join(import.meta.dirname, "..", "..");
 
 const newestIn = (folder: string): number =>
   Math.max(
@@ -55,20 +63,64 @@ function loopguestCommand(): { command: string[]; about: string } | undefined {
   return undefined;
 }
 
-function loopBackEnd(name: string, direct: boolean): BackEnd {
+function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): BackEnd {
+  const { about = "", env = {} } = variant;
   return {
     name,
     direct,
     data: true,
-    about: `loopguest serve${direct ? " with O_DIRECT" : ""} (${loopguestCommand()?.about ?? "not built"})`,
+    about: `loopguest serve${direct ? " with O_DIRECT" : ""}${about} (${loopguestCommand()?.about ?? "not built"})`,
     missing: () =>
       loopguestCommand() === undefined ? "there is neither dist/loopguest.js nor src/main.ts" : undefined,
     version: async () => `node ${process.version}`,
+    env,
     command: (disks) => [
       ...(loopguestCommand()?.command ?? []),
       "serve",
       ...disks.map(({ file, socket }) => `--block=${file},socket=${socket}${direct ? ",direct" : ""}`),
     ],
+    console: (socket) => [...(loopguestCommand()?.command ?? []), "serve", `--console=socket=${socket}`],
+  };
+}
+
+interface LoopVariant {
+  readonly about?: string;
+  readonly env?: Readonly<Record<string, string>>;
+}
+
+/** Used elements between two interrupts of a guest that waits; 0 is no bound: only before idle. */
+export const SIGNAL_BOUNDS = [1, 2, 4, 6, 8, 16, 32, 64, 0] as const;
+
+export const boundedArm = (bound: number): string => `loop-signal-after-${bound === 0 ? "idle" : bound}`;
+
+/** The loop with another bound on the work between two interrupts. */
+function boundedLoop(bound: number): BackEnd {
+  return loopBackEnd(boundedArm(bound), false, {
+    about: bound === 0 ? ", interrupts only before idle" : `, interrupts after ${bound} completions`,
+    env: { LOOPGUEST_SIGNAL_AFTER: String(bound) },
+  });
+}
+
+/** lguest's design: bench/threads. */
+function threadsBackEnd(name: string, direct: boolean): BackEnd {
+  let program = "";
+  return {
+    name,
+    direct,
+    data: true,
+    about: `a thread for each virtqueue, over loopguest's virtio code${direct ? ", O_DIRECT" : ""}`,
+    missing: () => undefined,
+    version: async () => `node ${process.version}`,
+    prepare: async () => {
+      program = await buildThreads();
+    },
+    command: (disks) => [
+      process.execPath,
+      program,
+      ...(direct ? ["--direct"] : []),
+      ...disks.map(({ file, socket }) => `${file}=${socket}`),
+    ],
+    console: (socket) => [process.execPath, program, "--console", socket],
   };
 }
 
@@ -123,17 +175,25 @@ function nullBackEnd(frontEnd: string): BackEnd {
 export function allBackEnds(frontEnd: string): ReadonlyMap<string, BackEnd> {
   const list = [
     loopBackEnd("loop", false),
+    threadsBackEnd("threads", false),
     storageDaemonBackEnd("qsd-io_uring", "io_uring", false),
     storageDaemonBackEnd("qsd-threads", "threads", false),
     loopBackEnd("loop-direct", true),
+    threadsBackEnd("threads-direct", true),
     storageDaemonBackEnd("qsd-io_uring-direct", "io_uring", true),
     storageDaemonBackEnd("qsd-native", "native", true),
     nullBackEnd(frontEnd),
+    ...SIGNAL_BOUNDS.map(boundedLoop),
   ];
   return new Map(list.map((backEnd) => [backEnd.name, backEnd]));
 }
 
-async function waitForSockets(child: Child, backEnd: BackEnd, disks: readonly Disk[]): Promise<void> {
+/** Resolves when all sockets are there; rejects with a {@link BenchError} that quotes stderr. */
+export async function waitForSockets(
+  child: Child,
+  backEnd: BackEnd,
+  disks: readonly Pick<Disk, "socket">[],
+): Promise<void> {
   const START_LIMIT_MS = 20_000;
   const giveUp = Date.now() + START_LIMIT_MS;
   while (!disks.every(({ socket }) => existsSync(socket))) {
@@ -144,6 +204,23 @@ async function waitForSockets(child: Child, backEnd: BackEnd, disks: readonly Di
       throw new BenchError(`${backEnd.name} made no socket within ${START_LIMIT_MS / 1000} s: ${said()}`);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
+}
+
+/** Each file with a socket of its own in `folder`, at a path that nobody used before. */
+export function disksFor(backEnd: BackEnd, files: readonly string[], folder: string): Disk[] {
+  const unique = `${backEnd.name}-${(started++).toString(36)}`;
+  return files.map((file, i) => ({ file, socket: join(folder, `${unique}-${i}.sock`) }));
+}
+
+let started = 0;
+
+/** Start a back-end's process, ready or not. */
+export function spawnBackEnd(
+  backEnd: BackEnd,
+  disks: readonly Disk[],
+  cpu?: number | undefined,
+): Promise<Child> {
+  return startChild(backEnd.command(disks), { cpu, cwd: ROOT, env: backEnd.env });
 }
 
 /**
@@ -158,9 +235,9 @@ export async function startBackEnd(
 ): Promise<RunningBackEnd> {
   const missing = backEnd.missing();
   if (missing !== undefined) throw new BenchError(`${backEnd.name}: ${missing}`);
-  const unique = `${backEnd.name}-${Date.now().toString(36)}`;
-  const disks = files.map((file, i) => ({ file, socket: join(folder, `${unique}-${i}.sock`) }));
-  const child = await startChild(backEnd.command(disks), { cpu: options.cpu, cwd: ROOT });
+  await backEnd.prepare?.();
+  const disks = disksFor(backEnd, files, folder);
+  const child = await spawnBackEnd(backEnd, disks, options.cpu);
   try {
     await waitForSockets(child, backEnd, disks);
   } catch (error) {

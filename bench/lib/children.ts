@@ -26,7 +26,11 @@ export interface Child {
 export interface StartOptions {
   /** Pin the process and its threads to this CPU. */
   readonly cpu?: number | undefined;
-  readonly cwd?: string;
+  readonly cwd?: string | undefined;
+  /** Added to our own environment. */
+  readonly env?: Readonly<Record<string, string>> | undefined;
+  /** Open descriptors for stdin and stdout in place of nothing and a pipe; they stay the caller's. */
+  readonly stdio?: readonly [stdin: number, stdout: number] | undefined;
 }
 
 const alive = new Set<ChildProcess>();
@@ -75,7 +79,12 @@ export function startChild(command: readonly string[], options: StartOptions = {
   cleanUpAtExit();
   const [file, ...args] = wrap(command, options.cpu) as [string, ...string[]];
   return new Promise((resolve, reject) => {
-    const child = spawn(file, args, { stdio: ["ignore", "pipe", "pipe"], cwd: options.cwd });
+    const [stdin, stdout] = options.stdio ?? (["ignore", "pipe"] as const);
+    const child = spawn(file, args, {
+      stdio: [stdin, stdout, "pipe"],
+      cwd: options.cwd,
+      env: options.env === undefined ? process.env : { ...process.env, ...options.env },
+    });
     child.once("error", (error) => reject(new BenchError(`cannot start ${command[0]}: ${error.message}`)));
     child.once("spawn", () => resolve(follow(child)));
   });

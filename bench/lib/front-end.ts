@@ -1,24 +1,45 @@
-/** The load generator of bench/frontend: building it, and running it with typed options and a typed result. */
+/** The programs of bench/frontend: building them, and running the load generator with typed options. */
 import { mkdirSync, readdirSync, renameSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { BenchError, runProgram } from "./children.ts";
 
 const BENCH = join(import.meta.dirname, "..");
 const SOURCES = join(BENCH, "frontend");
-const PROGRAM = join(BENCH, "build", "vu-blk-load");
+
+/** The small C programs, and the sources of each in bench/frontend. */
+const PROGRAMS = {
+  "vu-blk-load": [
+    "main.c",
+    "common.c",
+    "device.c",
+    "histogram.c",
+    "load.c",
+    "null_backend.c",
+    "options.c",
+    "pattern.c",
+    "queue.c",
+    "vhost_user.c",
+    "watch.c",
+  ],
+  "vu-console-load": ["console.c", "common.c", "vhost_user.c", "watch.c"],
+  "bare-read": ["bare.c", "common.c", "histogram.c", "pattern.c", "watch.c"],
+} as const;
+
+export type Program = keyof typeof PROGRAMS;
 
 const modified = (path: string) => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0;
 
-/** Compile the load generator when a source is newer than the program; gives the program's path. */
-export async function buildFrontEnd(): Promise<string> {
-  const files = readdirSync(SOURCES).filter((name) => /\.[ch]$/.test(name));
-  const newest = Math.max(...files.map((name) => modified(join(SOURCES, name))));
-  if (modified(PROGRAM) >= newest) return PROGRAM;
+/** Compile a program when a source is newer than it; gives the program's path. */
+export async function buildProgram(name: Program): Promise<string> {
+  const program = join(BENCH, "build", name);
+  const sources = PROGRAMS[name].map((file) => join(SOURCES, file));
+  const headers = readdirSync(SOURCES).filter((file) => file.endsWith(".h"));
+  const inputs = [...sources, ...headers.map((file) => join(SOURCES, file))];
+  if (modified(program) >= Math.max(...inputs.map(modified))) return program;
   mkdirSync(join(BENCH, "build"), { recursive: true });
   // Under a name of its own, then renamed: several test files may build at once.
-  const unfinished = `${PROGRAM}.${process.pid}`;
+  const unfinished = `${program}.${process.pid}`;
   const compiler = process.env.CC ?? "cc";
-  const sources = files.filter((name) => name.endsWith(".c")).map((name) => join(SOURCES, name));
   const flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"];
   try {
     await runProgram([compiler, ...flags, "-o", unfinished, ...sources, "-lm"]);
@@ -28,9 +49,12 @@ export async function buildFrontEnd(): Promise<string> {
       `cannot compile bench/frontend (a C compiler and Linux headers are needed; Debian: gcc libc6-dev): ${message}`,
     );
   }
-  renameSync(unfinished, PROGRAM);
-  return PROGRAM;
+  renameSync(unfinished, program);
+  return program;
 }
+
+/** The load generator of block devices. */
+export const buildFrontEnd = (): Promise<string> => buildProgram("vu-blk-load");
 
 export type NullKind = "instant" | "pattern" | "wrong-data" | "io-error" | "silent" | "no-irq";
 
@@ -67,6 +91,8 @@ export interface LoadOptions {
   /** The back-end's process: its usage over the measured window is `back_end` of the result. */
   readonly watchPid?: number;
   readonly histogram?: boolean;
+  /** Stay connected, idle, for so long after the load: `held` of the result. Needs watchPid. */
+  readonly holdSeconds?: number;
   readonly timeoutSeconds?: number;
 }
 
@@ -80,6 +106,8 @@ export interface Usage {
   readonly involuntary_switches: number;
   readonly threads: number;
   readonly rss_bytes: number;
+  /** The part of rss_bytes that is shared memory: guest memory that the process has touched. */
+  readonly shared_bytes: number;
 }
 
 /** The JSON line that the program prints. */
@@ -98,6 +126,8 @@ export interface LoadResult {
   readonly indirect: boolean;
   readonly capacity_bytes: number;
   readonly seconds: number;
+  /** End of the window on the monotonic clock, which process.hrtime reads, too. */
+  readonly ends_ns: number;
   readonly operations: number;
   readonly ops_per_second: number;
   readonly reads: number;
@@ -120,6 +150,8 @@ export interface LoadResult {
   readonly queue_operations: readonly number[];
   readonly front_end: Usage;
   readonly back_end?: Usage;
+  readonly held?: Usage;
+  readonly held_seconds?: number;
   /** [upper end of the bucket in ns, count], without empty buckets. */
   readonly histogram_ns?: readonly (readonly [number, number])[];
 }
@@ -146,6 +178,7 @@ const FLAGS: Partial<Record<keyof LoadOptions, string>> = {
   indirect: "indirect",
   cpu: "cpu",
   watchPid: "watch-pid",
+  holdSeconds: "hold",
   timeoutSeconds: "timeout",
 };
 
@@ -163,7 +196,10 @@ export function frontEndCommand(program: string, options: LoadOptions): string[]
 /** Run the load; a {@link BenchError} with the program's message when the back-end fails in any way. */
 export async function runFrontEnd(program: string, options: LoadOptions): Promise<LoadResult> {
   const planned =
-    (options.seconds ?? 2) + (options.warmupSeconds ?? 0.3) + 2 * (options.timeoutSeconds ?? 10);
+    (options.seconds ?? 2) +
+    (options.warmupSeconds ?? 0.3) +
+    (options.holdSeconds ?? 0) +
+    2 * (options.timeoutSeconds ?? 10);
   const timeoutMs = (options.count === undefined ? planned + 10 : 600) * 1000;
   return JSON.parse(await runProgram(frontEndCommand(program, options), { timeoutMs })) as LoadResult;
 }

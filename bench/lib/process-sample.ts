@@ -1,6 +1,6 @@
 /**
  * What a process has used, read from /proc (proc(5)). The load generator reads the same figures itself at the
- * edges of its measured window; this is for what has no front-end: idle, start-up, memory.
+ * edges of its measured window; this is for what runs without one.
  */
 import { readdirSync, readFileSync } from "node:fs";
 

@@ -2,7 +2,14 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import test from "ava";
 import { runProgram, scratchFolder } from "../../bench/lib/children.ts";
-import type { FigureName, GroupInfo, Report, Sample } from "../../bench/lib/model.ts";
+import type { LoadResult } from "../../bench/lib/front-end.ts";
+import {
+  type FigureName,
+  figuresOf,
+  type GroupInfo,
+  type Report,
+  type Sample,
+} from "../../bench/lib/model.ts";
 import { allGroups } from "../../bench/lib/work.ts";
 import { htmlOf } from "../../bench/report/html.ts";
 import { plotsOf } from "../../bench/report/plots.ts";
@@ -93,6 +100,31 @@ test("targets compare medians of one run, and say nothing where nothing was meas
     t.is(find(text).value, undefined, text);
     t.is(find(text).met, undefined, text);
   }
+});
+
+test("a zero is a figure, and what divides by nothing is not", (t) => {
+  const used = { cpu_us: 50, user_us: 0, system_us: 0, voluntary_switches: 0, involuntary_switches: 0 };
+  const usage = { ...used, threads: 1, rss_bytes: 3 * 2 ** 20, shared_bytes: 2 ** 20 };
+  const result = {
+    operations: 100,
+    ops_per_second: 10,
+    block_bytes: 2 ** 20,
+    latency_us: { mean: 1, p50: 1, p99: 2, p999: 3, max: 4 },
+    interrupts: 0,
+    kicks: 25,
+    queue_operations: [60, 40],
+    back_end: usage,
+  } as unknown as LoadResult;
+  const figures = figuresOf(result);
+  t.is(figures.interrupts_per_1000, 0);
+  t.is(figures.switches_per_op, 0);
+  t.is(figures.kicks_per_1000, 250);
+  t.is(figures.cpu_us_per_op, 0.5);
+  t.is(figures.mib_per_second, 10);
+  t.is(figures.own_rss_mib, 2);
+  t.is(figures.least_share, 0.8);
+  const nothing = figuresOf({ ...result, operations: 0, kicks: 0 });
+  t.false("kicks_per_1000" in nothing);
 });
 
 test("no wake-up and no context switch are figures, not missing ones", (t) => {

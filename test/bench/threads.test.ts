@@ -1,10 +1,17 @@
 /** The `threads` arm is an opponent only as long as it serves what the driver asks for. */
 import { closeSync, existsSync, openSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import test from "ava";
 import { allBackEnds, type RunningBackEnd, startBackEnd, waitForSockets } from "../../bench/lib/back-ends.ts";
 import { runProgram, scratchFolder, startChild } from "../../bench/lib/children.ts";
-import { buildFrontEnd, buildProgram, prepareFile, runFrontEnd } from "../../bench/lib/front-end.ts";
+import {
+  buildFrontEnd,
+  buildProgram,
+  frontEndCommand,
+  prepareFile,
+  runFrontEnd,
+} from "../../bench/lib/front-end.ts";
 import { sampleProcess } from "../../bench/lib/process-sample.ts";
 
 const program = await buildFrontEnd();
@@ -75,6 +82,20 @@ test("each disk has a thread of its own, and a driver may come again", async (t)
       t.true(result.queue_operations.every((count) => count > 0));
       t.is((result.back_end?.threads ?? 0) - before, 3);
     }
+  });
+});
+
+test("the thread of a driver that was killed ends, and the next driver is served", async (t) => {
+  await serve(1, async (running) => {
+    const before = sampleProcess(running.pid).threads;
+    const sockets = socketsOf(running);
+    const driver = await startChild(frontEndCommand(program, { sockets, seconds: 60 }));
+    while (sampleProcess(running.pid).threads === before) await sleep(10);
+    process.kill(driver.pid, "SIGKILL");
+    await driver.exited;
+    const result = await runFrontEnd(program, { sockets, count: 1000, verify: "all", watchPid: running.pid });
+    t.is(result.verified, 1000);
+    t.is((result.back_end?.threads ?? 0) - before, 1);
   });
 });
 
