@@ -30,7 +30,19 @@ export type Program = keyof typeof PROGRAMS;
 const modified = (path: string) => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0;
 
 /** Compile a program when a source is newer than it; gives the program's path. */
-export async function buildProgram(name: Program): Promise<string> {
+export function buildProgram(name: Program): Promise<string> {
+  // Once in a process, whoever asks at the same time.
+  let building = builds.get(name);
+  if (building === undefined) {
+    building = compile(name);
+    builds.set(name, building);
+  }
+  return building;
+}
+
+const builds = new Map<Program, Promise<string>>();
+
+async function compile(name: Program): Promise<string> {
   const program = join(BENCH, "build", name);
   const sources = PROGRAMS[name].map((file) => join(SOURCES, file));
   const headers = readdirSync(SOURCES).filter((file) => file.endsWith(".h"));

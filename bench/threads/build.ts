@@ -25,7 +25,15 @@ const newestIn = (folder: string): number =>
   );
 
 /** Bundle when a source is newer; gives the path of the program. */
-export async function buildThreads(): Promise<string> {
+export function buildThreads(): Promise<string> {
+  // Once in a process, whoever asks at the same time.
+  building ??= bundle();
+  return building;
+}
+
+let building: Promise<string> | undefined;
+
+async function bundle(): Promise<string> {
   const main = join(OUT, "main.js");
   if (!existsSync(ADDON)) throw new BenchError(`native-shim is not built (no ${ADDON}): run \`npm ci\``);
   const newest = Math.max(
