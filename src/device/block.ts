@@ -10,7 +10,7 @@
  */
 import { WRITE_DSYNC } from "../loop/completion-queue.ts";
 import type { EventLoop } from "../loop/event-loop.ts";
-import type { MemoryRegion } from "../memory/guest-memory.ts";
+import { type MemoryRegion, WINDOW_BYTES } from "../memory/guest-memory.ts";
 import { ERRNO, native } from "../native.ts";
 import { DescriptorChain } from "../virtio/chain.ts";
 import { DEVICE_ID, type QueuePort, type QueueService, type VirtioDevice } from "../virtio/device.ts";
@@ -489,8 +489,6 @@ class BlockRequest {
     port.complete(this.#head, this.#written);
   }
 }
-
-const WINDOW_BYTES = 0x100000000;
 
 function setByte(region: MemoryRegion, offset: number, value: number): void {
   if (offset < WINDOW_BYTES) region.bytes[0][offset] = value;

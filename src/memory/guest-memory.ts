@@ -8,8 +8,8 @@
 import * as Data from "effect/Data";
 import { native } from "../native.ts";
 
-/** The most that one ArrayBuffer can hold. */
-const WINDOW_BYTES = 0x100000000;
+/** Bytes of one window, the last of a region aside: the most that one ArrayBuffer can hold. */
+export const WINDOW_BYTES = 0x100000000;
 
 const PAGE_BYTES = 4096;
 

@@ -1,4 +1,4 @@
-import type { MemoryRegion } from "../memory/guest-memory.ts";
+import { type MemoryRegion, WINDOW_BYTES } from "../memory/guest-memory.ts";
 
 /**
  * One descriptor chain, copied out of the guest's memory and checked: the segments that the device may read,
@@ -98,8 +98,6 @@ export class DescriptorChain {
     return copied;
   }
 }
-
-const WINDOW_BYTES = 0x100000000;
 
 /** Copies between a region and an array, window by window. */
 function copyRegion(

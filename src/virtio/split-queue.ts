@@ -9,7 +9,7 @@
  * reading the guest's suppression words after used.idx was published.
  */
 import * as Data from "effect/Data";
-import type { GuestMemory, MemoryRegion } from "../memory/guest-memory.ts";
+import { type GuestMemory, type MemoryRegion, WINDOW_BYTES } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
 import { VirtqueueFault } from "./fault.ts";
 import { F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFY_ON_EMPTY, has } from "./features.ts";
@@ -361,8 +361,6 @@ function ring(
 
 /** One for the whole process: a walk is over before the next begins. */
 const indirectScratch = new Uint32Array(QUEUE_SIZE_MAX * 4);
-
-const WINDOW_BYTES = 0x100000000;
 
 /** Copies words out of a region byte by byte, each once, at any alignment and across windows. */
 function copyWords(region: MemoryRegion, offset: number, count: number, into: Uint32Array): void {
