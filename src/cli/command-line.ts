@@ -27,6 +27,9 @@ export interface ServedBlock extends BlockDescription {
   readonly socket: string;
 }
 
+/** Where the guest's CPU comes from; "auto" is what works here. */
+export type HypervisorChoice = "auto" | "uml" | "kvm" | "lguest";
+
 /** `loopguest [run]`: start one guest here. */
 export interface RunCommand {
   readonly _tag: "Run";
@@ -44,7 +47,7 @@ export interface RunCommand {
   /** Where the counters go; "-" is stderr. */
   readonly stats: string | undefined;
   readonly verbose: boolean;
-  readonly hypervisor: "auto" | "uml";
+  readonly hypervisor: HypervisorChoice;
 }
 
 /** `loopguest serve`: devices for another virtual machine monitor, at least one of them. */
@@ -129,7 +132,10 @@ const parseRun = (argv: readonly string[]): Command => {
     .addOption(repeated("--block <FILE[,readonly][,direct]>", "a disk; repeat for vdb, vdc ..."))
     .addOption(single("--initrd <FILE>", "an initramfs for the given kernel"))
     .addOption(
-      single("--hypervisor <auto|uml>", "where the guest's CPU comes from; auto takes what works here"),
+      single(
+        "--hypervisor <auto|uml|kvm|lguest>",
+        "where the guest's CPU comes from; auto takes what works here",
+      ),
     )
     .addOption(
       single("--root <DIR[,rw]>", "the host folder that is the default guest's root; rw writes to it"),
@@ -223,9 +229,17 @@ const readRoot = (value: string | undefined): RunCommand["root"] => {
 };
 
 const readHypervisor = (value: string | undefined): RunCommand["hypervisor"] => {
-  if (value === undefined || value === "auto" || value === "uml") return value ?? "auto";
-  if (value === "kvm" || value === "lguest") throw notYet(`--hypervisor=${value}`);
-  throw usage(`--hypervisor=${value}: there is no such hypervisor; it can be auto or uml.`);
+  switch (value) {
+    case undefined:
+      return "auto";
+    case "auto":
+    case "uml":
+    case "kvm":
+    case "lguest":
+      return value;
+    default:
+      throw usage(`--hypervisor=${value}: there is no such hypervisor; it can be auto, uml, kvm or lguest.`);
+  }
 };
 
 // ---- serve ----------------------------------------------------------------------------------------------

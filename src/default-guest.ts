@@ -1,0 +1,62 @@
+/** What the default guest is told, and which modules it gets, whatever it runs on. */
+import * as fs from "node:fs";
+import { resolve } from "node:path";
+import * as Effect from "effect/Effect";
+import type { GuestConfig } from "./boot/initramfs.ts";
+import { type LoadedModule, readModule, resolveModules } from "./boot/modules.ts";
+import type { RunCommand } from "./cli/command-line.ts";
+import { RunError } from "./run-error.ts";
+
+/** `--root` has to be a folder. */
+export function checkRoot({ root }: RunCommand): Effect.Effect<void, RunError> {
+  return Effect.suspend(() => {
+    try {
+      if (fs.statSync(root.dir).isDirectory()) return Effect.void;
+      return Effect.fail(new RunError({ message: `--root=${root.dir}: is not a folder` }));
+    } catch (error) {
+      return Effect.fail(new RunError({ message: `--root=${root.dir}: ${(error as Error).message}` }));
+    }
+  });
+}
+
+/** Variables of the host that mean the same in a guest that sees the host's files. */
+const PASSED_ON = ["PATH", "HOME", "TERM", "COLORTERM", "LANG", "LC_ALL", "TZ"];
+
+/** guest-init's configuration for this command line; `root` says how the guest reaches the host's files. */
+export function guestConfig(command: RunCommand, root: GuestConfig["root"]): GuestConfig {
+  const { exec } = command;
+  const dir = resolve(command.root.dir);
+  const env: Record<string, string> = {};
+  // Another root has other programs in other places, and another home.
+  for (const name of dir === "/" ? PASSED_ON : ["TERM", "COLORTERM"]) {
+    const value = process.env[name];
+    if (value !== undefined) env[name] = value;
+  }
+  return {
+    root,
+    memoryMiB: command.memoryMiB,
+    ...(dir === "/" ? { cwd: process.cwd() } : {}),
+    ...(process.env.SHELL === undefined ? {} : { shell: process.env.SHELL }),
+    ...(exec === undefined ? {} : { exec }),
+    env,
+    verbose: command.verbose,
+  };
+}
+
+/** The modules of `wanted` that this kernel does not have built in, in the order of loading. */
+export function loadModules(
+  kernel: { readonly path: string; readonly modules: string | undefined },
+  wanted: ReadonlyArray<string>,
+) {
+  return Effect.gen(function* () {
+    // A kernel without a modules folder has what it needs built in, or says itself what it misses.
+    if (kernel.modules === undefined) return [] as LoadedModule[];
+    const { files, missing } = yield* resolveModules(kernel.modules, wanted);
+    if (missing.length > 0) {
+      return yield* new RunError({
+        message: `the kernel ${kernel.path} has no driver ${missing.join(", ")}: not built in, and not in ${kernel.modules}`,
+      });
+    }
+    return yield* Effect.forEach(files, readModule);
+  });
+}

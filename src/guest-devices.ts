@@ -1,0 +1,40 @@
+/**
+ * The devices of a guest that runs here, made once and in the order in which the guest finds them: disks, network
+ * cards, the entropy source, the console. Whatever transport serves them keeps that order.
+ */
+import type * as Deferred from "effect/Deferred";
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import type { RunCommand } from "./cli/command-line.ts";
+import { openConsole, openExec } from "./consoles.ts";
+import type { DiskError } from "./device/disk-file.ts";
+import { openBlock, type Services } from "./devices.ts";
+import type { VirtioDevice } from "./virtio/device.ts";
+
+export interface GuestDevices {
+  readonly list: readonly VirtioDevice[];
+  /** Makes the terminal raw, if stdin is one and the guest has an interactive console. */
+  readonly goRaw: Effect.Effect<void, never, Scope.Scope>;
+  /** Completes with an exit status when the user leaves an interactive console. */
+  readonly left: Deferred.Deferred<number> | undefined;
+  /** What a guest that powered itself off means: 0, or the status of `--exec`, if the guest has told it. */
+  readonly ownStatus: () => number | undefined;
+}
+
+export function openGuestDevices(
+  services: Services,
+  command: RunCommand,
+): Effect.Effect<GuestDevices, DiskError, Scope.Scope> {
+  return Effect.gen(function* () {
+    const list: VirtioDevice[] = [];
+    for (const [i, block] of command.blocks.entries()) list.push(yield* openBlock(services, block, i));
+    if (command.exec !== undefined) {
+      const exec = yield* openExec(services);
+      list.push(exec.device);
+      return { list, goRaw: Effect.void, left: undefined, ownStatus: exec.status };
+    }
+    const { device, left, goRaw } = yield* openConsole(services);
+    list.push(device);
+    return { list, goRaw, left, ownStatus: () => 0 };
+  });
+}
