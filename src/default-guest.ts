@@ -5,6 +5,7 @@ import * as Effect from "effect/Effect";
 import type { GuestConfig } from "./boot/initramfs.ts";
 import { type LoadedModule, readModule, resolveModules } from "./boot/modules.ts";
 import type { RunCommand } from "./cli/command-line.ts";
+import type { Services } from "./devices.ts";
 import { RunError } from "./run-error.ts";
 
 /** `--root` has to be a folder. */
@@ -43,20 +44,33 @@ export function guestConfig(command: RunCommand, root: GuestConfig["root"]): Gue
   };
 }
 
-/** The modules of `wanted` that this kernel does not have built in, in the order of loading. */
+/** The driver of the entropy device, which a guest can do without: Debian's User-Mode Linux has none. */
+const RNG_DRIVER = "virtio_rng";
+
+/**
+ * The modules of `wanted`, and the entropy device's if there is one, that this kernel does not have built in, in the
+ * order of loading.
+ */
 export function loadModules(
+  services: Services,
+  command: RunCommand,
   kernel: { readonly path: string; readonly modules: string | undefined },
   wanted: ReadonlyArray<string>,
 ) {
   return Effect.gen(function* () {
     // A kernel without a modules folder has what it needs built in, or says itself what it misses.
     if (kernel.modules === undefined) return [] as LoadedModule[];
-    const { files, missing } = yield* resolveModules(kernel.modules, wanted);
+    const all = command.rng === undefined ? wanted : [...wanted, RNG_DRIVER];
+    const resolved = yield* resolveModules(kernel.modules, all);
+    const missing = resolved.missing.filter((name) => name !== RNG_DRIVER);
+    if (missing.length < resolved.missing.length) {
+      services.reporter.report(`--rng: the kernel ${kernel.path} has no driver for it (HW_RANDOM_VIRTIO)`);
+    }
     if (missing.length > 0) {
       return yield* new RunError({
         message: `the kernel ${kernel.path} has no driver ${missing.join(", ")}: not built in, and not in ${kernel.modules}`,
       });
     }
-    return yield* Effect.forEach(files, readModule);
+    return yield* Effect.forEach(resolved.files, readModule);
   });
 }

@@ -2,9 +2,11 @@
 import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
-import type { BlockDescription } from "./cli/command-line.ts";
+import type { BlockDescription, RngDescription } from "./cli/command-line.ts";
 import { BlockDevice } from "./device/block.ts";
+import { TokenBucket, UNLIMITED } from "./device/byte-rate.ts";
 import { type DiskError, openDisk } from "./device/disk-file.ts";
+import { type EntropyError, openEntropy, RngDevice } from "./device/rng.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
 import type { Reporter } from "./reporter.ts";
 import type { StatsRegistry } from "./stats.ts";
@@ -35,6 +37,17 @@ export function openBlock(
   return Effect.map(disk, (opened) => new BlockDevice(diskName(index), opened, services.reporter.trace));
 }
 
+/** "rng", and "rng1", "rng2" … for those behind it. */
+export function openRng(
+  services: Services,
+  { bytesPerSecond }: RngDescription,
+  index = 0,
+): Effect.Effect<RngDevice, EntropyError, Scope.Scope> {
+  const rate = bytesPerSecond === undefined ? UNLIMITED : new TokenBucket(bytesPerSecond);
+  const name = index === 0 ? "rng" : `rng${index}`;
+  return Effect.map(openEntropy, (fd) => new RngDevice(name, fd, rate, services.reporter.trace));
+}
+
 /** Serves a device on a socket until the scope ends. */
 export function serveAt(
   services: Services,
@@ -45,7 +58,8 @@ export function serveAt(
   const { report, trace } = reporter;
   return Effect.map(listen({ loop: opened.loop, device, report, trace, path }), (server) => {
     const block = device instanceof BlockDevice ? { block: device.counters } : {};
-    stats.push({ name: device.name, queues: server.counters, ...block });
+    const rng = device instanceof RngDevice ? { rng: device.counters } : {};
+    stats.push({ name: device.name, queues: server.counters, ...block, ...rng });
     return server;
   });
 }

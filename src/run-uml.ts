@@ -22,7 +22,7 @@ export function startOnUml(services: Services, command: RunCommand, devices: rea
     const kernel = yield* obtainUmlKernel({ ...given, progress: reporter.report });
     reporter.trace?.(`User-Mode Linux ${kernel.version}: ${kernel.path}`);
     const runDir = yield* makeRunDir;
-    const initrd = command.initrd ?? (yield* writeInitramfs(runDir, kernel, command));
+    const initrd = command.initrd ?? (yield* writeInitramfs(services, runDir, kernel, command));
     return yield* launch(services, command, kernel, runDir, initrd, devices);
   });
 }
@@ -65,7 +65,7 @@ function kernelArguments({ kernel }: RunCommand): readonly string[] {
 }
 
 /** Writes the default guest's initramfs into the run folder and returns its path. */
-function writeInitramfs(runDir: string, kernel: UmlKernel, command: RunCommand) {
+function writeInitramfs(services: Services, runDir: string, kernel: UmlKernel, command: RunCommand) {
   return Effect.gen(function* () {
     const { root } = command;
     const wanted = defaultGuestModules({
@@ -73,7 +73,7 @@ function writeInitramfs(runDir: string, kernel: UmlKernel, command: RunCommand) 
       network: false,
       overlay: !root.writable,
     });
-    const modules = yield* loadModules(kernel, wanted);
+    const modules = yield* loadModules(services, command, kernel, wanted);
     const config = guestConfig(command, hostfsRoot(resolve(root.dir), root.writable ? "rw" : "overlay"));
     const archive = buildInitramfs({ guestInit: fs.readFileSync(guestInitPath()), modules, config });
     const path = join(runDir, "initramfs");

@@ -4,6 +4,7 @@ import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { BlockCounters } from "./device/block.ts";
+import type { RngCounters } from "./device/rng.ts";
 import { LineWriter } from "./loop/line-writer.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
 import type { QueueCounters } from "./virtio/queue-runner.ts";
@@ -17,6 +18,7 @@ export interface DeviceStats {
   readonly name: string;
   readonly queues: readonly QueueCounters[];
   readonly block?: BlockCounters;
+  readonly rng?: RngCounters;
 }
 
 /** Devices enter themselves here as they are made; counters are read, never copied, until a line is written. */

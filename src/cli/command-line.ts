@@ -30,11 +30,23 @@ export interface ServedBlock extends BlockDescription {
 /** Where the guest's CPU comes from; "auto" is what works here. */
 export type HypervisorChoice = "auto" | "uml" | "kvm" | "lguest";
 
+/** An entropy source, as `--rng` describes it. */
+export interface RngDescription {
+  /** The most bytes that the guest gets in a second; undefined: as many as it likes. */
+  readonly bytesPerSecond: number | undefined;
+}
+
+/** An entropy source that `serve` offers at a vhost-user socket. */
+export interface ServedRng extends RngDescription {
+  readonly socket: string;
+}
+
 /** `loopguest [run]`: start one guest here. */
 export interface RunCommand {
   readonly _tag: "Run";
   /** In the order of vda, vdb, vdc … */
   readonly blocks: readonly BlockDescription[];
+  readonly rng: RngDescription | undefined;
   readonly memoryMiB: number;
   /** The kernel that was given; undefined means the default guest. `args` are passed on unchanged. */
   readonly kernel: { readonly path: string; readonly args: readonly string[] } | undefined;
@@ -54,6 +66,7 @@ export interface RunCommand {
 export interface ServeCommand {
   readonly _tag: "Serve";
   readonly blocks: readonly ServedBlock[];
+  readonly rngs: readonly ServedRng[];
   /** The console is this process's stdin and stdout, so there can be only one. */
   readonly console: { readonly socket: string } | undefined;
   readonly stats: string | undefined;
@@ -90,7 +103,8 @@ export const socketPathMaxBytes = 107;
 
 /** Printed to stderr after the message of a {@link UsageError}. Ends with a newline. */
 export const usageText = `usage: loopguest [run] [options] [<memory-MiB> <kernel> [kernel arguments...]]
-       loopguest serve --block=FILE,socket=PATH[,readonly][,direct]... [--console=socket=PATH]
+       loopguest serve [--block=FILE,socket=PATH[,readonly][,direct]]... [--rng=socket=PATH]...
+                       [--console=socket=PATH]
        loopguest doctor [--json]
        loopguest --help, loopguest serve --help
 `;
@@ -130,6 +144,7 @@ const parseRun = (argv: readonly string[]): Command => {
     .usage("[run] [options] [<memory-MiB> <kernel> [kernel arguments...]]")
     .passThroughOptions()
     .addOption(repeated("--block <FILE[,readonly][,direct]>", "a disk; repeat for vdb, vdc ..."))
+    .addOption(single("--rng [rate=BYTES]", "an entropy source, of at most BYTES a second if given"))
     .addOption(single("--initrd <FILE>", "an initramfs for the given kernel"))
     .addOption(
       single(
@@ -166,6 +181,7 @@ const toRun = (options: ParsedOptions, positionals: readonly string[]): RunComma
   const command: RunCommand = {
     _tag: "Run",
     blocks: list(options, "block").map((text) => readBlock(text)),
+    rng: readRng(text(options, "rng")),
     ...readMemoryAndKernel(positionals),
     initrd: text(options, "initrd"),
     root: readRoot(text(options, "root")),
@@ -249,9 +265,15 @@ const parseServe = (argv: readonly string[]): Command => {
     "loopguest serve",
     "Serve virtio devices to another virtual machine monitor over vhost-user.",
   )
-    .usage("--block=FILE,socket=PATH[,readonly][,direct]... [--console=socket=PATH] [options]")
+    .usage("[--block=FILE,socket=PATH]... [--rng=socket=PATH]... [--console=socket=PATH] [options]")
     .addOption(
       repeated("--block <FILE,socket=PATH[,readonly][,direct]>", "a disk at its own socket; repeat for more"),
+    )
+    .addOption(
+      repeated(
+        "--rng <socket=PATH[,rate=BYTES]>",
+        "an entropy source, of at most BYTES a second if given; repeat for more",
+      ),
     )
     .addOption(single("--console <socket=PATH>", "a console on this process's stdin and stdout"));
   addCommonOptions(parser).addHelpText("after", serveHelp);
@@ -275,18 +297,20 @@ Example, with QEMU on the other side:
 
 const toServe = (options: ParsedOptions): ServeCommand => {
   const blocks = list(options, "block").map((text) => readServedBlock(text));
+  const rngs = list(options, "rng").map((text) => readServedRng(text));
   const console = readConsole(text(options, "console"));
-  if (blocks.length === 0 && console === undefined) {
+  if (blocks.length + rngs.length === 0 && console === undefined) {
     throw usage(
-      "loopguest serve needs at least one device: --block=FILE,socket=PATH or --console=socket=PATH.",
+      "loopguest serve needs at least one device: --block=FILE,socket=PATH, --rng=socket=PATH or --console=socket=PATH.",
     );
   }
   refuseSharedSockets([
     ...blocks.map((block) => ({ what: `--block=${block.file}`, socket: block.socket })),
+    ...rngs.map(({ socket }) => ({ what: "--rng", socket })),
     ...(console === undefined ? [] : [{ what: "--console", socket: console.socket }]),
   ]);
   const stats = text(options, "stats");
-  return { _tag: "Serve", blocks, console, stats, verbose: options.verbose === true };
+  return { _tag: "Serve", blocks, rngs, console, stats, verbose: options.verbose === true };
 };
 
 const blockWords = { plain: ["readonly", "direct"], withValue: ["socket"] };
@@ -309,6 +333,49 @@ const readServedBlock = (value: string): ServedBlock => {
   }
   checkSocketPath(`--block=${value}`, socket);
   return { file, readonly: words.has("readonly"), direct: words.has("direct"), socket };
+};
+
+/** `value` is undefined without the option, and BARE for `--rng` alone. */
+const readRng = (value: string | undefined): RngDescription | undefined => {
+  if (value === undefined) return undefined;
+  const words = readWords("--rng", value, ["rate", "socket"]);
+  if (words.has("socket")) {
+    throw usage(`--rng=${value}: "socket=" belongs to loopguest serve; a guest started here needs none.`);
+  }
+  return { bytesPerSecond: readRate(value, words.get("rate")) };
+};
+
+const readServedRng = (value: string): ServedRng => {
+  const words = readWords("--rng", value, ["rate", "socket"]);
+  const socket = words.get("socket");
+  if (socket === undefined) {
+    throw usage("--rng: the socket is missing. Write --rng=socket=PATH; PATH has no comma in it.");
+  }
+  checkSocketPath(`--rng=${value}`, socket);
+  return { bytesPerSecond: readRate(value, words.get("rate")), socket };
+};
+
+const readRate = (value: string, rate: string | undefined): number | undefined => {
+  if (rate === undefined) return undefined;
+  if (/^[1-9][0-9]{0,14}$/.test(rate)) return Number(rate);
+  throw usage(`--rng=${value}: "rate=" takes bytes a second, a whole number from 1, but it is "${rate}".`);
+};
+
+/** `KEY=VALUE[,KEY=VALUE]...` with known keys, each at most once. */
+const readWords = (option: string, value: string, known: readonly string[]): ReadonlyMap<string, string> => {
+  const words = new Map<string, string>();
+  if (value === BARE) return words;
+  for (const part of value.split(",")) {
+    const equals = part.indexOf("=");
+    const key = equals < 0 ? part : part.slice(0, equals);
+    if (equals < 0 || !known.includes(key)) {
+      const list = known.map((name) => `"${name}=…"`).join(" and ");
+      throw usage(`${option}=${value}: "${part}" is not a word that ${option} knows; it knows ${list}.`);
+    }
+    if (words.has(key)) throw usage(`${option}=${value}: "${key}" is given twice.`);
+    words.set(key, part.slice(equals + 1));
+  }
+  return words;
 };
 
 const readConsole = (value: string | undefined): ServeCommand["console"] => {
@@ -363,13 +430,13 @@ type CommandName = "run" | "serve" | "doctor";
 
 /** Which command knows which option: for the message when one is given to the wrong command. */
 const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
-  run: ["block", "initrd", "hypervisor", "root", "exec", "stats", "verbose"],
-  serve: ["block", "console", "stats", "verbose"],
+  run: ["block", "rng", "initrd", "hypervisor", "root", "exec", "stats", "verbose"],
+  serve: ["block", "rng", "console", "stats", "verbose"],
   doctor: ["json"],
 };
 
 /** Parts of the interface which this version does not have yet; they are refused by name, not ignored. */
-const notYetOptions = ["tunnet", "rng", "cpus"] as const;
+const notYetOptions = ["tunnet", "cpus"] as const;
 
 const usage = (message: string): UsageError => new UsageError({ message });
 
@@ -387,6 +454,14 @@ const makeParser = (name: string, description: string): Parser => {
   return parser;
 };
 
+/** Options that may stand without a value: in lguest's `--rng 64 vmlinux` the 64 is not theirs. */
+const bareOptions = ["--rng"];
+/** What such an option has for a value: no word of a command line holds a NUL. */
+const BARE = "\0";
+
+const markBare = (word: string): string => (bareOptions.includes(word) ? `${word}=${BARE}` : word);
+const unmarkBare = (word: string): string => bareOptions.find((option) => word === markBare(option)) ?? word;
+
 const addCommonOptions = (parser: Parser): Parser =>
   parser
     .addOption(
@@ -399,7 +474,11 @@ const single = (flags: string, description: string): Option => {
   const option = new Option(flags, description);
   return option.argParser((value: string, previous: string | undefined) => {
     if (previous !== undefined) {
-      throw usage(`--${option.name()} is given twice: "${previous}" and "${value}".`);
+      throw usage(
+        value === BARE || previous === BARE
+          ? `--${option.name()} is given twice.`
+          : `--${option.name()} is given twice: "${previous}" and "${value}".`,
+      );
     }
     return checkValue(option, value);
   });
@@ -432,7 +511,7 @@ const parseWith = (
   let help = "";
   parser.configureOutput({ writeOut: (text) => (help += text), writeErr: () => {} });
   try {
-    parser.parse([...argv], { from: "user" });
+    parser.parse(argv.map(markBare), { from: "user" });
   } catch (error) {
     if (!(error instanceof CommanderError)) throw error;
     if (error.code === "commander.helpDisplayed") return { _tag: "Help", text: `${help.trimEnd()}\n` };
@@ -441,7 +520,7 @@ const parseWith = (
   const options: ParsedOptions = parser.opts();
   if (options.version === true) return { _tag: "Version" };
   for (const name of notYetOptions) if (options[name] !== undefined) throw notYet(`--${name}`);
-  return build(options, parser.args);
+  return build(options, parser.args.map(unmarkBare));
 };
 
 /** One line from the parser's own complaint. */

@@ -43,6 +43,7 @@ test("nothing at all is the default guest", (t) => {
   t.deepEqual(run(), {
     _tag: "Run",
     blocks: [],
+    rng: undefined,
     memoryMiB: 256,
     kernel: undefined,
     initrd: undefined,
@@ -56,13 +57,15 @@ test("nothing at all is the default guest", (t) => {
 });
 
 test("every option of run arrives in its field", (t) => {
-  const argv = "-v --hypervisor=uml --block=a.img --block=b.img,direct,readonly --initrd=i.cpio --stats=-";
+  const argv =
+    "-v --hypervisor=uml --block=a.img --block=b.img,direct,readonly --initrd=i.cpio --stats=- --rng";
   t.deepEqual(run(...argv.split(" "), "64", "vmlinux", "root=/dev/vda", "--verbose"), {
     _tag: "Run",
     blocks: [
       { file: "a.img", readonly: false, direct: false },
       { file: "b.img", readonly: true, direct: true },
     ],
+    rng: { bytesPerSecond: undefined },
     memoryMiB: 64,
     kernel: { path: "vmlinux", args: ["root=/dev/vda", "--verbose"] },
     initrd: "i.cpio",
@@ -161,13 +164,13 @@ test("a hypervisor is one of those that there are", (t) => {
 });
 
 test("what later versions bring is refused by name", (t) => {
-  const later = ["--tunnet=192.168.19.1", "--rng", "--cpus=2"];
+  const later = ["--tunnet=192.168.19.1", "--cpus=2"];
   for (const option of later) {
     const name = option.startsWith("--hyper") ? option : option.split("=")[0];
     t.is(refusal(option), `${name} is not there yet in this version of loopguest.`);
   }
-  for (const option of ["--tunnet=10.0.0.1,socket=/tmp/n", "--rng=socket=/tmp/r"]) {
-    t.regex(refusal("serve", option), /^--(tunnet|rng) is not there yet/);
+  for (const option of ["--tunnet=10.0.0.1,socket=/tmp/n"]) {
+    t.regex(refusal("serve", option), /^--tunnet is not there yet/);
   }
   t.regex(refusal("--tunnet=192.168.19.1", "64", "vmlinux"), /^--tunnet is not there yet/);
   t.regex(refusal("--tunnet"), /^--tunnet is not there yet/);
@@ -196,6 +199,7 @@ test("serve describes disks and a console at sockets of their own", (t) => {
         { file: "b", readonly: true, direct: false, socket: "b.sock" },
       ],
       console: { socket: "/run/c" },
+      rngs: [],
       stats: undefined,
       verbose: true,
     },
@@ -232,10 +236,10 @@ test("help names what works and nothing that does not", (t) => {
   for (const option of ["block", "initrd", "hypervisor", "root", "exec", "stats", "verbose", "version"]) {
     t.regex(text, new RegExp(`--${option}\\b`));
   }
-  t.notRegex(text, /tunnet|rng|cpus/);
+  t.notRegex(text, /tunnet|cpus/);
   t.is(help("run", "--help"), text);
   t.regex(help("serve", "--help"), /--console <socket=PATH>/);
-  t.notRegex(help("serve", "--help"), /--initrd|tunnet|rng/);
+  t.notRegex(help("serve", "--help"), /--initrd|tunnet/);
   t.regex(help("doctor", "--help"), /--json/);
   t.regex(usageText, /^usage: loopguest \[run\]/);
   t.true(text.endsWith("\n") && !text.endsWith("\n\n"));
@@ -244,4 +248,30 @@ test("help names what works and nothing that does not", (t) => {
 test("--version is a command of its own, except after the kernel", (t) => {
   t.deepEqual(parse("--version"), { _tag: "Version" });
   t.deepEqual(parse("serve", "-V"), { _tag: "Version" });
+});
+
+test("--rng takes a value only behind =, so that lguest's own command lines work", (t) => {
+  const plain = run("--rng", "64", "vmlinux", "--rng", "--rng=rate=5");
+  t.deepEqual(plain.rng, { bytesPerSecond: undefined });
+  t.is(plain.memoryMiB, 64);
+  t.deepEqual(plain.kernel?.args, ["--rng", "--rng=rate=5"], "the kernel's own words pass unchanged");
+  t.deepEqual(run("--rng=rate=1000", "64", "vmlinux").rng, { bytesPerSecond: 1000 });
+  t.regex(refusal("--rng", "--rng"), /^--rng is given twice\.$/);
+  t.regex(refusal("--rng", "--rng=rate=1"), /^--rng is given twice\.$/);
+  t.regex(refusal("--rng=rate=0"), /bytes a second, a whole number from 1, but it is "0"/);
+  t.regex(refusal("--rng=rate=1k"), /but it is "1k"/);
+  t.regex(refusal("--rng=fast"), /"fast" is not a word that --rng knows/);
+  t.regex(refusal("--rng=rate=1,rate=2"), /"rate" is given twice/);
+  t.regex(refusal("--rng=socket=/tmp/r"), /belongs to loopguest serve/);
+  t.regex(refusal("--block", "--rng"), /--block has no value/);
+});
+
+test("serve has entropy sources at sockets of their own", (t) => {
+  t.deepEqual(serve("--rng=socket=/tmp/a", "--rng=socket=/tmp/b,rate=64").rngs, [
+    { socket: "/tmp/a", bytesPerSecond: undefined },
+    { socket: "/tmp/b", bytesPerSecond: 64 },
+  ]);
+  t.regex(refusal("serve", "--rng=rate=64"), /the socket is missing/);
+  t.regex(refusal("serve", "--rng"), /--rng/);
+  t.regex(refusal("serve", "--rng=socket=/tmp/a", "--block=x,socket=/tmp/a"), /every device needs its own/);
 });

@@ -24,6 +24,8 @@ export const qemuPrograms: readonly Program[] = [
 export interface QemuOptions {
   /** vhost-user-blk sockets, in the order of vda, vdb …; somebody has to listen at each already. */
   readonly sockets: readonly string[];
+  /** vhost-user-rng sockets; the guest has /dev/hwrng then. */
+  readonly rngSockets?: readonly string[];
   /**
    * What the guest runs, with busybox's sh, as root, when all disks are there. It powers off at its end.
    * `reboot -f` resets the guest, and the script runs again from its start.
@@ -109,6 +111,10 @@ const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOpti
       ...["-chardev", `socket,id=c${index},path=${socket}`],
       ...["-device", `vhost-user-blk-pci,chardev=c${index},num-queues=1`],
     ]),
+    ...(options.rngSockets ?? []).flatMap((socket, index) => [
+      ...["-chardev", `socket,id=r${index},path=${socket}`],
+      ...["-device", `vhost-user-rng-pci,chardev=r${index}`],
+    ]),
   ];
 };
 
@@ -120,6 +126,7 @@ const modules = [
   "drivers/virtio/virtio_pci_legacy_dev.ko",
   "drivers/virtio/virtio_pci.ko",
   "drivers/block/virtio_blk.ko",
+  "drivers/char/hw_random/virtio-rng.ko",
 ];
 
 const makeInitramfs = async (kernel: CloudKernel, options: QemuOptions): Promise<Buffer> => {
