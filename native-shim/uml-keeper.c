@@ -8,15 +8,25 @@
  * the first of them only. This program can: it holds one end of a pipe, the launcher holds the other, and
  * the operating system closes that one in every case.
  *
- *   fd 0   the lifeline. At its end of file the whole guest is killed.
+ *   fd 0   the lifeline. At its end of file the whole guest is killed. Bytes on it answer "aborted", below.
  *   fd 1   becomes the guest's stdout and stderr.
- *   fd 3   two lines (if open), "started PID" with the number of the guest's process group, and at the end:
+ *   fd 3   lines (if open), "started PID" with the number of the guest's process group, and at the end:
  *            "exited N"      the guest's first process left with status N
  *            "signalled N"   it was ended by signal N
  *            "stopped"       the lifeline ended, so we killed it
  *            "failed TEXT"   it could not be started
  *   fd 4   the launcher's terminal, when it has one. Its settings are read at our start and put back when the
  *          lifeline ends: a launcher that was killed could not.
+ *
+ *
+ * Before "signalled" may come "aborted N", when the signal was none that ends a guest on purpose. All its processes
+ * are gone then, and a line END_OF_LIFE has been written to fd 1, behind the last of the guest's own. The launcher
+ * knows whether the kernel had a reason: it answers 'r', start it again ("started" comes again), or 'e', that was
+ * the end.
+ *
+ * A reboot is UML executing its argv[0] once more, in the same process. That is this program too, by the link
+ * RUN-DIR/reboot/linux.uml: it takes away what the old kernel left behind (open files, signals under way, timers),
+ * any of which can kill a kernel that has just begun, and becomes the kernel, RUN-DIR/reboot/kernel.
  *
  * Our own exit status is the guest's, 128 + N for a signal, 137 when stopped, 127 when it did not start.
  * In every case the guest's processes are gone and RUN-DIR is removed before the line is written.
@@ -39,6 +49,8 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <time.h>
@@ -208,8 +220,111 @@ static void end_guest(pid_t guest)
 	}
 }
 
+/* ---- what a new kernel begins with ---- */
+
+#ifndef CLOSE_RANGE_CLOEXEC
+#define CLOSE_RANGE_CLOEXEC (1U << 2)
+#endif
+
+/* Every file but stdin, stdout and stderr is closed, at once or by execve; those raise no signals. */
+static void forget_files(bool at_once)
+{
+	unsigned int flags = at_once ? 0 : CLOSE_RANGE_CLOEXEC;
+
+	if (syscall(SYS_close_range, 3, ~0U, flags) < 0) { /* before Linux 5.9, 5.11 for the flag */
+		struct rlimit files = { 0, 0 };
+
+		getrlimit(RLIMIT_NOFILE, &files);
+		for (rlim_t fd = 3; fd < files.rlim_cur && fd < 65536; fd++) {
+			if (at_once)
+				close(fd);
+			else
+				fcntl(fd, F_SETFD, FD_CLOEXEC);
+		}
+	}
+	for (int fd = 0; fd <= 2; fd++) {
+		int status = fcntl(fd, F_GETFL);
+
+		if (status >= 0)
+			fcntl(fd, F_SETFL, status & ~(O_ASYNC | O_NONBLOCK));
+	}
+}
+
+/* The name under which UML executes itself: this program, in the run directory, beside a link to the kernel. */
+static const char reboot_name[] = "/reboot/linux.uml";
+static const char kernel_name[] = "/reboot/kernel";
+
+/* RUN-DIR plus one of the names; NULL with errno set when there is no memory. */
+static char *in_run_dir(const char *dir, const char *name)
+{
+	char *path = NULL;
+
+	return asprintf(&path, "%s%s", dir, name) < 0 ? NULL : path;
+}
+
+/* Makes RUN-DIR/reboot and its two links. The result is the path that UML is to execute; NULL with errno set. */
+static char *prepare_reboot(const char *dir, const char *kernel)
+{
+	char own[4096];
+	char *folder = in_run_dir(dir, "/reboot");
+	char *again = in_run_dir(dir, reboot_name);
+	char *link = in_run_dir(dir, kernel_name);
+	ssize_t length = readlink("/proc/self/exe", own, sizeof(own) - 1);
+
+	if (!folder || !again || !link || length < 0)
+		return NULL;
+	own[length] = '\0';
+	if (mkdir(folder, 0700) < 0 || symlink(own, again) < 0 || symlink(kernel, link) < 0)
+		return NULL;
+	free(folder);
+	free(link);
+	return again;
+}
+
+/* True when we are what a kernel executes to reboot. */
+static bool is_reboot(const char *program)
+{
+	size_t length = strlen(program);
+	size_t tail = sizeof(reboot_name) - 1;
+
+	return length > tail && !strcmp(program + length - tail, reboot_name);
+}
+
+/* What is still to come from the old kernel's timers and files must not reach the new one. */
+static void forget_signals(void)
+{
+	const struct itimerval off = { 0 };
+	sigset_t none;
+
+	setitimer(ITIMER_REAL, &off, NULL);
+	setitimer(ITIMER_VIRTUAL, &off, NULL);
+	setitimer(ITIMER_PROF, &off, NULL);
+	/* Ignoring a signal throws away one that is pending. */
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_IGN);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
+}
+
+/* Becomes the kernel once more. Comes back only if that fails. */
+static int reboot_guest(char **words)
+{
+	size_t length = strlen(words[0]) - (sizeof(reboot_name) - 1);
+	char *dir = strndup(words[0], length);
+	char *kernel = dir ? in_run_dir(dir, kernel_name) : NULL;
+
+	forget_files(true); /* a file that raises signals would go on until execve */
+	forget_signals();
+	if (kernel)
+		execv(kernel, words);
+	dprintf(2, "reboot: cannot execute %s: %s\n", kernel ? kernel : words[0], strerror(errno));
+	return 127;
+}
+
 /* In the child. Does not come back; what went wrong goes into `error_fd` as an errno. */
-static void become_guest(char **words, int error_fd)
+static void become_guest(const char *kernel, char **words, int error_fd)
 {
 	const struct rlimit no_core = { 0, 0 };
 	sigset_t none;
@@ -225,8 +340,9 @@ static void become_guest(char **words, int error_fd)
 	setrlimit(RLIMIT_CORE, &no_core);
 	/* Randomised addresses leave a hole in what UML takes as guest-physical memory. */
 	personality(personality(0xffffffff) | ADDR_NO_RANDOMIZE);
+	forget_files(false);
 	if (null_fd >= 0 && dup2(null_fd, 0) == 0 && dup2(1, 2) == 2)
-		execv(words[0], words);
+		execv(kernel, words);
 	int error = errno;
 	if (write(error_fd, &error, sizeof(error)) < 0)
 		_exit(126);
@@ -234,7 +350,7 @@ static void become_guest(char **words, int error_fd)
 }
 
 /* Starts the guest; 0 on success, else an errno. */
-static int start_guest(char **words, pid_t *guest)
+static int start_guest(const char *kernel, char **words, pid_t *guest)
 {
 	int error = 0;
 	int error_pipe[2];
@@ -245,7 +361,7 @@ static int start_guest(char **words, pid_t *guest)
 	if (*guest < 0)
 		return errno;
 	if (*guest == 0)
-		become_guest(words, error_pipe[1]);
+		become_guest(kernel, words, error_pipe[1]);
 	close(error_pipe[1]);
 	/* End of file means that execv closed the other end: it went well. */
 	ssize_t got;
@@ -256,13 +372,33 @@ static int start_guest(char **words, pid_t *guest)
 	return got == sizeof(error) ? error : 0;
 }
 
-/* True when the lifeline's other end is closed. Bytes on it mean nothing. */
+/* True when the lifeline's other end is closed. Bytes on it mean nothing while the guest lives. */
 static bool lifeline_ended(void)
 {
 	char bytes[64];
 	ssize_t got = read(LIFELINE_FD, bytes, sizeof(bytes));
 
 	return got == 0 || (got < 0 && errno != EINTR && errno != EAGAIN);
+}
+
+/* Waits for the launcher's word after "aborted": 'r', 'e', or 0 when it is gone. */
+static char await_answer(void)
+{
+	char answer;
+
+	for (;;) {
+		ssize_t got = read(LIFELINE_FD, &answer, 1);
+
+		if (got == 1 && (answer == 'r' || answer == 'e'))
+			return answer;
+		if (got == 0 || (got < 0 && errno != EINTR && errno != EAGAIN))
+			return 0;
+		if (got < 0 && errno == EAGAIN) {
+			struct pollfd lifeline = { .fd = LIFELINE_FD, .events = POLLIN };
+
+			poll(&lifeline, 1, -1);
+		}
+	}
 }
 
 /*
@@ -305,12 +441,43 @@ static bool keep(pid_t guest, int signal_fd, siginfo_t *info)
 	}
 }
 
-static int finish(pid_t guest, bool ended, const siginfo_t *info)
+/* Signals by which somebody ends a guest; every other one is the kernel's own trouble. */
+static bool is_abort(const siginfo_t *info)
 {
-	/* First, because a shell may be waiting to use it. */
-	if (!ended && has_terminal)
+	switch (info->si_status) {
+	case SIGKILL: case SIGTERM: case SIGINT: case SIGHUP: case SIGQUIT:
+		return false;
+	default:
+		return info->si_code != CLD_EXITED;
+	}
+}
+
+/*
+ * The guest has aborted and all of it is gone: asks the launcher what to do. The same as its answer; 'e' without
+ * asking when nobody listens.
+ */
+static char ask_launcher(const siginfo_t *info)
+{
+	static const char end_of_life[] = "\numl-keeper: end of life\n";
+
+	if (fcntl(REPORT_FD, F_GETFD) < 0)
+		return 'e';
+	/* Through the guest's own pipe: who reads this line has read everything before it. */
+	if (write(1, end_of_life, sizeof(end_of_life) - 1) < 0)
+		return 'e';
+	report("aborted %d", info->si_status);
+	return await_answer();
+}
+
+static void restore_terminal(void)
+{
+	if (has_terminal)
 		tcsetattr(TERMINAL_FD, TCSANOW, &terminal);
-	end_guest(guest);
+}
+
+/* The guest is gone; `ended` says whether by itself. Our exit status. */
+static int finish(bool ended, const siginfo_t *info)
+{
 	remove_run_dir();
 	if (!ended) {
 		report("stopped");
@@ -322,6 +489,36 @@ static int finish(pid_t guest, bool ended, const siginfo_t *info)
 	}
 	report("signalled %d", info->si_status);
 	return 128 + info->si_status;
+}
+
+/* Starts the guest, and again as often as the launcher wants it; until it has ended for good. */
+static int run_guest(const char *kernel, char **words, int signal_fd)
+{
+	siginfo_t info;
+	pid_t guest = -1;
+
+	for (;;) {
+		int error = start_guest(kernel, words, &guest);
+
+		if (error) {
+			if (guest > 0)
+				end_guest(guest);
+			remove_run_dir();
+			report("failed %s: %s", kernel, strerror(error));
+			return 127;
+		}
+		report("started %d", guest);
+		bool ended = keep(guest, signal_fd, &info);
+		/* First, because a shell may be waiting to use it. */
+		if (!ended)
+			restore_terminal();
+		end_guest(guest);
+		char answer = ended && is_abort(&info) ? ask_launcher(&info) : 'e';
+		if (answer == 0)
+			restore_terminal();
+		if (answer != 'r')
+			return finish(ended && answer == 'e', &info);
+	}
 }
 
 /* The launcher decides about signals from the terminal; we only follow its lifeline. */
@@ -341,9 +538,8 @@ static int prepare_signals(void)
 
 int main(int argc, char **argv)
 {
-	siginfo_t info;
-	pid_t guest = -1;
-
+	if (argc > 0 && is_reboot(argv[0]))
+		return reboot_guest(argv);
 	if (argc < 4 || strcmp(argv[2], "--")) {
 		dprintf(2, "usage: uml-keeper RUN-DIR -- PROGRAM [ARGUMENT...]\n");
 		return 2;
@@ -362,15 +558,16 @@ int main(int argc, char **argv)
 		report("failed run directory %s: %s", argv[1], strerror(errno));
 		return 127;
 	}
-	int error = signal_fd < 0 ? errno : start_guest(argv + 3, &guest);
-	if (error) {
-		if (guest > 0)
-			end_guest(guest);
+	char *again = prepare_reboot(argv[1], argv[3]);
+	if (signal_fd < 0 || !again) {
+		int error = errno;
+
 		remove_run_dir();
-		report("failed %s: %s", argv[3], strerror(error));
+		report("failed %s: %s", argv[1], strerror(error));
 		return 127;
 	}
-	report("started %d", guest);
-	bool ended = keep(guest, signal_fd, &info);
-	return finish(guest, ended, &info);
+	/* The kernel's own name, for it to execute when it reboots. */
+	char *kernel = argv[3];
+	argv[3] = again;
+	return run_guest(kernel, argv + 3, signal_fd);
 }

@@ -11,6 +11,7 @@ import { type Services, serveAt } from "./devices.ts";
 import { makeRunDir, startUml } from "./hypervisor/uml.ts";
 import { obtainUmlKernel, type UmlKernel } from "./hypervisor/uml-kernel.ts";
 import { native } from "./native.ts";
+import type { VhostUserServer } from "./transport/vhost-user/server.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
 /** Finds or fetches a kernel and starts the guest on it. */
@@ -38,9 +39,11 @@ function launch(
 ) {
   return Effect.gen(function* () {
     const { trace } = services.reporter;
+    const servers: VhostUserServer[] = [];
     const sockets = [];
     for (const device of devices) {
       const server = yield* serveAt(services, device, join(runDir, `${device.name}.sock`));
+      servers.push(server);
       sockets.push({ socketPath: server.path, virtioId: device.id });
     }
     return yield* startUml({
@@ -49,6 +52,8 @@ function launch(
       runDir,
       keeper: umlKeeperPath(),
       devices: sockets,
+      connections: () => servers.reduce((sum, server) => sum + server.connections(), 0),
+      onStartAgain: (why) => services.reporter.report(`${why}; it is started again`),
       initrd,
       args: kernelArguments(command),
       verbose: command.verbose,

@@ -15,6 +15,8 @@ import { startOnUml } from "./run-uml.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
 const GUEST_FAILED = 1;
+/** Lines of the console of a killed guest that are told. */
+const LAST_WORDS = 8;
 
 /** Runs the guest to its end. The result is the exit status. */
 export function run(services: Services, command: RunCommand) {
@@ -58,6 +60,7 @@ function exitStatus({ reporter }: Services, exit: GuestExit, own: number | undef
       reporter.report(`the guest panicked: ${exit.message}`);
       return GUEST_FAILED;
     case "killed":
+      for (const line of exit.lastWords.slice(-LAST_WORDS)) reporter.report(`guest: ${line}`);
       reporter.report(`the guest was killed by ${exit.signal}`);
       return GUEST_FAILED;
     case "failed-to-start":

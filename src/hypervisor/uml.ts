@@ -16,6 +16,7 @@ import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { GuestExit } from "./hypervisor.ts";
+import { Lives } from "./uml-lives.ts";
 
 /** A virtio device that somebody listens for at a Unix socket, speaking vhost-user. */
 export interface UmlDevice {
@@ -35,6 +36,8 @@ export interface UmlOptions {
   readonly keeper: string;
   /** In the order in which the guest finds them. **Somebody has to listen already**: UML spins till answered. */
   readonly devices?: ReadonlyArray<UmlDevice>;
+  /** How many connections these have had so far, together: it shows whether a guest that broke off had begun. */
+  readonly connections?: () => number;
   readonly initrd?: string;
   /** The user's own kernel arguments, after ours: the kernel mostly takes the last of a kind. */
   readonly args?: ReadonlyArray<string>;
@@ -42,6 +45,8 @@ export interface UmlOptions {
   readonly verbose?: boolean;
   /** Called with each line of the kernel's console, without its end. */
   readonly onConsoleLine?: (line: string) => void;
+  /** Called when a guest that broke off is started again. */
+  readonly onStartAgain?: (why: string) => void;
   /** The user's terminal, whose settings of now come back even if this process is killed. */
   readonly terminalFd?: number;
   /** Default `process.env`. */
@@ -214,6 +219,8 @@ const launch = (
   memoryFolder: string,
 ): Effect.Effect<UmlGuest, UmlError> =>
   Effect.callback<UmlGuest, UmlError>((resume) => {
+    // Before the start: what connects from now on is the guest.
+    const lives = new Lives(options.connections);
     const child = spawn(options.keeper, [options.runDir, "--", resolve(options.kernel), ...words], {
       // The lifeline, the guest's console, the keeper's own stderr (it has nothing to say there), its report, the
       // terminal.
@@ -223,25 +230,53 @@ const launch = (
     child.on("error", (error) => {
       resume(fail(`cannot start ${options.keeper}: ${error.message}. Is native-shim built (npm ci)?`));
     });
-    child.once("spawn", () => resume(Effect.succeed(watch(child, options.onConsoleLine))));
+    child.once("spawn", () => resume(Effect.succeed(watch(child, options, lives))));
   });
 
+/** The keeper's line on the guest's console, behind the last of a guest that aborted. */
+const END_OF_LIFE = "uml-keeper: end of life";
+
 /** Follows a keeper that runs. */
-function watch(child: ChildProcess, onConsoleLine?: (line: string) => void): UmlGuest {
+function watch(child: ChildProcess, options: UmlOptions, lives: Lives): UmlGuest {
   const lifeline = child.stdin as Writable;
   const lines: Array<string> = [];
   const report: KeeperReport = { guestPid: undefined, end: undefined };
   const exit = Deferred.makeUnsafe<GuestExit>();
   const started = Deferred.makeUnsafe<void>();
 
+  // Both have to come before the decision: the keeper's word, and everything that the guest has said.
+  let aborted: number | undefined;
+  let saidAll = false;
+  const decide = (): void => {
+    if (aborted === undefined || !saidAll) return;
+    const signal = signalName(aborted);
+    aborted = undefined;
+    saidAll = false;
+    const again = lives.mayBeginAgain();
+    if (again) {
+      options.onStartAgain?.(`User-Mode Linux was ended by ${signal} while it started or rebooted`);
+      lines.length = 0;
+    }
+    lifeline.write(again ? "r" : "e");
+  };
+
   eachLine(child.stdout as Readable, (line) => {
+    if (line === END_OF_LIFE) {
+      saidAll = true;
+      decide();
+      return;
+    }
     lines.push(line);
     if (lines.length > LAST_LINES_MAX) lines.shift();
-    onConsoleLine?.(line);
+    lives.onLine(line);
+    options.onConsoleLine?.(line);
   });
   eachLine(child.stdio[3] as Readable, (line) => {
     if (line.startsWith("started ")) report.guestPid = Number(line.slice("started ".length));
-    else report.end = line;
+    else if (line.startsWith("aborted ")) {
+      aborted = Number(line.slice("aborted ".length));
+      decide();
+    } else report.end = line;
     Deferred.doneUnsafe(started, Effect.void);
   });
   lifeline.on("error", () => undefined);
