@@ -2,11 +2,16 @@
 import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
-import type { BlockDescription, RngDescription } from "./cli/command-line.ts";
+import type { BlockDescription, NetDescription, RngDescription } from "./cli/command-line.ts";
 import { BlockDevice } from "./device/block.ts";
 import { TokenBucket, UNLIMITED } from "./device/byte-rate.ts";
 import { type DiskError, openDisk } from "./device/disk-file.ts";
+import { parseIp } from "./device/ip-address.ts";
+import { NetDevice } from "./device/net.ts";
+import { type NetBackend, NetError } from "./device/net-backend.ts";
+import { parseMac, randomMac } from "./device/net-format.ts";
 import { type EntropyError, openEntropy, RngDevice } from "./device/rng.ts";
+import { openTap } from "./device/tap.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
 import type { Reporter } from "./reporter.ts";
 import type { StatsRegistry } from "./stats.ts";
@@ -48,6 +53,39 @@ export function openRng(
   return Effect.map(openEntropy, (fd) => new RngDevice(name, fd, rate, services.reporter.trace));
 }
 
+/** "eth0", "eth1" …, as Linux names them. */
+export function openNet(
+  services: Services,
+  net: NetDescription,
+  index: number,
+): Effect.Effect<NetDevice, NetError, Scope.Scope> {
+  const { report, trace } = services.reporter;
+  const mac = (net.mac === undefined ? undefined : parseMac(net.mac)) ?? randomMac();
+  return Effect.map(
+    openNetBackend(net),
+    (backend) => new NetDevice(`eth${index}`, backend, { mac, report, trace }),
+  );
+}
+
+function openNetBackend({
+  what,
+  host,
+  queues,
+}: NetDescription): Effect.Effect<NetBackend, NetError, Scope.Scope> {
+  switch (host.kind) {
+    case "address": {
+      const address = parseIp(host.address);
+      if (address === undefined) return Effect.die(`${host.address} passed as an IP address`);
+      return openTap({ what, queues, host: { kind: "address", address, prefix: host.prefix } });
+    }
+    case "bridge":
+    case "tap":
+      return openTap({ what, queues, host });
+    case "user":
+      return Effect.fail(new NetError({ message: `${what} is not there yet in this version of loopguest` }));
+  }
+}
+
 /** Serves a device on a socket until the scope ends. */
 export function serveAt(
   services: Services,
@@ -59,7 +97,8 @@ export function serveAt(
   return Effect.map(listen({ loop: opened.loop, device, report, trace, path }), (server) => {
     const block = device instanceof BlockDevice ? { block: device.counters } : {};
     const rng = device instanceof RngDevice ? { rng: device.counters } : {};
-    stats.push({ name: device.name, queues: server.counters, ...block, ...rng });
+    const net = device instanceof NetDevice ? { net: device.counters } : {};
+    stats.push({ name: device.name, queues: server.counters, ...block, ...net, ...rng });
     return server;
   });
 }

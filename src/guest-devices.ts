@@ -8,8 +8,9 @@ import type * as Scope from "effect/Scope";
 import type { RunCommand } from "./cli/command-line.ts";
 import { openConsole, openExec } from "./consoles.ts";
 import type { DiskError } from "./device/disk-file.ts";
+import type { NetError } from "./device/net-backend.ts";
 import type { EntropyError } from "./device/rng.ts";
-import { openBlock, openRng, type Services } from "./devices.ts";
+import { openBlock, openNet, openRng, type Services } from "./devices.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
 export interface GuestDevices {
@@ -25,10 +26,11 @@ export interface GuestDevices {
 export function openGuestDevices(
   services: Services,
   command: RunCommand,
-): Effect.Effect<GuestDevices, DiskError | EntropyError, Scope.Scope> {
+): Effect.Effect<GuestDevices, DiskError | EntropyError | NetError, Scope.Scope> {
   return Effect.gen(function* () {
     const list: VirtioDevice[] = [];
     for (const [i, block] of command.blocks.entries()) list.push(yield* openBlock(services, block, i));
+    for (const [i, net] of command.nets.entries()) list.push(yield* openNet(services, net, i));
     if (command.rng !== undefined) list.push(yield* openRng(services, command.rng));
     if (command.exec !== undefined) {
       const exec = yield* openExec(services);

@@ -60,6 +60,32 @@ export interface Native {
   lockFile(fd: number, exclusive: boolean): number;
   ioctl(fd: number, request: number, argument: ArrayBufferView | number): number;
 
+  /** One frame from or to a non-blocking descriptor, at host addresses: bytes or -errno. */
+  readv(fd: number, iovecs: number, count: number): number;
+  writev(fd: number, iovecs: number, count: number): number;
+  /** Copies `length` bytes at `offset` of `bytes` to where iovecs lead, from their byte `skip` on: how many fitted. */
+  scatter(
+    iovecs: number,
+    count: number,
+    skip: number,
+    bytes: Uint8Array,
+    offset: number,
+    length: number,
+  ): number;
+  /** The other way: fills `bytes` from the iovecs. */
+  gather(
+    iovecs: number,
+    count: number,
+    skip: number,
+    bytes: Uint8Array,
+    offset: number,
+    length: number,
+  ): number;
+  /** A datagram socket for ioctls on network interfaces, or -errno. */
+  inetSocket(isIpv6: boolean): number;
+  /** Two connected stream sockets, close-on-exec, into `fds`: 0 or -errno. */
+  socketPair(fds: Int32Array): number;
+
   /** 0 or -errno. The settings of the first call come back at terminalRestore, exit or a crash. */
   terminalRaw(fd: number): number;
   terminalRestore(): void;

@@ -75,7 +75,7 @@ function writeInitramfs(services: Services, runDir: string, kernel: UmlKernel, c
     const { root } = command;
     const wanted = defaultGuestModules({
       disks: command.blocks.length > 0,
-      network: false,
+      network: command.nets.length > 0,
       overlay: !root.writable,
     });
     const modules = yield* loadModules(services, command, kernel, wanted);

@@ -4,6 +4,7 @@ import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { BlockCounters } from "./device/block.ts";
+import type { NetCounters } from "./device/net-backend.ts";
 import type { RngCounters } from "./device/rng.ts";
 import { LineWriter } from "./loop/line-writer.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
@@ -18,6 +19,7 @@ export interface DeviceStats {
   readonly name: string;
   readonly queues: readonly QueueCounters[];
   readonly block?: BlockCounters;
+  readonly net?: NetCounters;
   readonly rng?: RngCounters;
 }
 

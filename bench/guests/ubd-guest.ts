@@ -28,6 +28,7 @@ const program = Effect.gen(function* () {
     {
       _tag: "Run",
       blocks: [],
+      nets: [],
       rng: undefined,
       memoryMiB: 256,
       kernel: { path: kernel.path, args: [`ubd0=${resolve(disk)}`] },

@@ -10,8 +10,10 @@
 import { CommanderError, Option, Command as Parser } from "commander";
 import * as Effect from "effect/Effect";
 import { splitFileWords } from "./file-words.ts";
+import { type NetDescription, readTunnet } from "./tunnet.ts";
 import { UsageError } from "./usage-error.ts";
 
+export type { NetDescription, NetHost } from "./tunnet.ts";
 export { UsageError } from "./usage-error.ts";
 
 /** A disk image or block device, as `--block` describes it. `file` is as typed, relative to the cwd. */
@@ -24,6 +26,11 @@ export interface BlockDescription {
 
 /** A disk that `serve` offers at a vhost-user socket. */
 export interface ServedBlock extends BlockDescription {
+  readonly socket: string;
+}
+
+/** A network card that `serve` offers at a vhost-user socket. */
+export interface ServedNet extends NetDescription {
   readonly socket: string;
 }
 
@@ -46,6 +53,8 @@ export interface RunCommand {
   readonly _tag: "Run";
   /** In the order of vda, vdb, vdc … */
   readonly blocks: readonly BlockDescription[];
+  /** In the order of eth0, eth1 … */
+  readonly nets: readonly NetDescription[];
   readonly rng: RngDescription | undefined;
   readonly memoryMiB: number;
   /** The kernel that was given; undefined means the default guest. `args` are passed on unchanged. */
@@ -66,6 +75,7 @@ export interface RunCommand {
 export interface ServeCommand {
   readonly _tag: "Serve";
   readonly blocks: readonly ServedBlock[];
+  readonly nets: readonly ServedNet[];
   readonly rngs: readonly ServedRng[];
   /** The console is this process's stdin and stdout, so there can be only one. */
   readonly console: { readonly socket: string } | undefined;
@@ -103,8 +113,8 @@ export const socketPathMaxBytes = 107;
 
 /** Printed to stderr after the message of a {@link UsageError}. Ends with a newline. */
 export const usageText = `usage: loopguest [run] [options] [<memory-MiB> <kernel> [kernel arguments...]]
-       loopguest serve [--block=FILE,socket=PATH[,readonly][,direct]]... [--rng=socket=PATH]...
-                       [--console=socket=PATH]
+       loopguest serve [--block=FILE,socket=PATH[,readonly][,direct]]... [--tunnet=...,socket=PATH]...
+                       [--rng=socket=PATH]... [--console=socket=PATH]
        loopguest doctor [--json]
        loopguest --help, loopguest serve --help
 `;
@@ -144,6 +154,12 @@ const parseRun = (argv: readonly string[]): Command => {
     .usage("[run] [options] [<memory-MiB> <kernel> [kernel arguments...]]")
     .passThroughOptions()
     .addOption(repeated("--block <FILE[,readonly][,direct]>", "a disk; repeat for vdb, vdc ..."))
+    .addOption(
+      repeated(
+        "--tunnet <IP|bridge:NAME|tap:NAME|user>",
+        "a network card; repeat for eth1, eth2 ... (see below)",
+      ),
+    )
     .addOption(single("--rng [rate=BYTES]", "an entropy source, of at most BYTES a second if given"))
     .addOption(single("--initrd <FILE>", "an initramfs for the given kernel"))
     .addOption(
@@ -169,6 +185,11 @@ with poweroff, or with three ^C within a second.
 
 A comma after a file name closes the name: --block=odd,readonly, is the file "odd,readonly".
 
+--tunnet takes one of these, and [,queues=N] after it:
+  IP[/PREFIX][:MAC]    a tap with this address; the default guest's eth0 takes the next one (needs root)
+  bridge:NAME[:MAC]    a tap in this bridge (needs root)
+  tap:NAME[:MAC]       a tap that was made beforehand; needs no privilege
+
 Exit status: 0 after a power-off; with --exec that of the command; 1 when the guest panics or a device
 cannot start; 2 for a wrong command line; 130 after three ^C.
 
@@ -181,6 +202,7 @@ const toRun = (options: ParsedOptions, positionals: readonly string[]): RunComma
   const command: RunCommand = {
     _tag: "Run",
     blocks: list(options, "block").map((text) => readBlock(text)),
+    nets: list(options, "tunnet").map((text) => readNet(text)),
     rng: readRng(text(options, "rng")),
     ...readMemoryAndKernel(positionals),
     initrd: text(options, "initrd"),
@@ -265,9 +287,14 @@ const parseServe = (argv: readonly string[]): Command => {
     "loopguest serve",
     "Serve virtio devices to another virtual machine monitor over vhost-user.",
   )
-    .usage("[--block=FILE,socket=PATH]... [--rng=socket=PATH]... [--console=socket=PATH] [options]")
+    .usage(
+      "[--block=FILE,socket=PATH]... [--tunnet=...,socket=PATH]... [--rng=socket=PATH]... [--console=socket=PATH] [options]",
+    )
     .addOption(
       repeated("--block <FILE,socket=PATH[,readonly][,direct]>", "a disk at its own socket; repeat for more"),
+    )
+    .addOption(
+      repeated("--tunnet <...,socket=PATH>", "a network card at its own socket: as of run, with socket=PATH"),
     )
     .addOption(
       repeated(
@@ -297,20 +324,22 @@ Example, with QEMU on the other side:
 
 const toServe = (options: ParsedOptions): ServeCommand => {
   const blocks = list(options, "block").map((text) => readServedBlock(text));
+  const nets = list(options, "tunnet").map((text) => readServedNet(text));
   const rngs = list(options, "rng").map((text) => readServedRng(text));
   const console = readConsole(text(options, "console"));
-  if (blocks.length + rngs.length === 0 && console === undefined) {
+  if (blocks.length + nets.length + rngs.length === 0 && console === undefined) {
     throw usage(
-      "loopguest serve needs at least one device: --block=FILE,socket=PATH, --rng=socket=PATH or --console=socket=PATH.",
+      "loopguest serve needs at least one device: --block=FILE,socket=PATH, --tunnet=…,socket=PATH, --rng=socket=PATH or --console=socket=PATH.",
     );
   }
   refuseSharedSockets([
     ...blocks.map((block) => ({ what: `--block=${block.file}`, socket: block.socket })),
+    ...nets.map(({ what, socket }) => ({ what: what.replace(/,.*/, ""), socket })),
     ...rngs.map(({ socket }) => ({ what: "--rng", socket })),
     ...(console === undefined ? [] : [{ what: "--console", socket: console.socket }]),
   ]);
   const stats = text(options, "stats");
-  return { _tag: "Serve", blocks, rngs, console, stats, verbose: options.verbose === true };
+  return { _tag: "Serve", blocks, nets, rngs, console, stats, verbose: options.verbose === true };
 };
 
 const blockWords = { plain: ["readonly", "direct"], withValue: ["socket"] };
@@ -333,6 +362,19 @@ const readServedBlock = (value: string): ServedBlock => {
   }
   checkSocketPath(`--block=${value}`, socket);
   return { file, readonly: words.has("readonly"), direct: words.has("direct"), socket };
+};
+
+const readNet = (value: string): NetDescription => {
+  const { socket, ...net } = readTunnet(value);
+  if (socket === undefined) return net;
+  throw usage(`${net.what}: "socket=" belongs to loopguest serve; a guest started here needs none.`);
+};
+
+const readServedNet = (value: string): ServedNet => {
+  const { socket, ...net } = readTunnet(value);
+  if (socket === undefined) throw usage(`${net.what}: the socket is missing. Write --tunnet=…,socket=PATH.`);
+  checkSocketPath(net.what, socket);
+  return { ...net, socket };
 };
 
 /** `value` is undefined without the option, and BARE for `--rng` alone. */
@@ -430,13 +472,13 @@ type CommandName = "run" | "serve" | "doctor";
 
 /** Which command knows which option: for the message when one is given to the wrong command. */
 const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
-  run: ["block", "rng", "initrd", "hypervisor", "root", "exec", "stats", "verbose"],
-  serve: ["block", "rng", "console", "stats", "verbose"],
+  run: ["block", "tunnet", "rng", "initrd", "hypervisor", "root", "exec", "stats", "verbose"],
+  serve: ["block", "tunnet", "rng", "console", "stats", "verbose"],
   doctor: ["json"],
 };
 
 /** Parts of the interface which this version does not have yet; they are refused by name, not ignored. */
-const notYetOptions = ["tunnet", "cpus"] as const;
+const notYetOptions = ["cpus"] as const;
 
 const usage = (message: string): UsageError => new UsageError({ message });
 

@@ -37,6 +37,8 @@ export interface QueuePort {
 }
 
 export interface QueueService {
+  /** Used chains after which a driver that waits is interrupted under load; undefined: the loop's own bound. */
+  readonly signalAfter?: number;
   /**
    * Serves at most `limit` available chains: takes them and starts their work. Called again and again; returns
    * how many it took.
@@ -59,6 +61,8 @@ export interface VirtioDevice {
   /** The features of this device type that are offered; those of the queue are added by the transport. */
   readonly features: bigint;
   readonly queueCount: number;
+  /** What a front-end is told that asks for the number of queues, where that is not queueCount. */
+  readonly queueNumber?: number;
   /** The configuration space as it is now (little-endian). */
   config(): Uint8Array;
   /** The driver wrote to the configuration space. Bytes outside or read-only are ignored. */

@@ -61,6 +61,7 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly #memory: GuestMemory;
   readonly #notify: () => void;
   readonly #service: QueueService;
+  readonly #signalAfter: number;
   /** Resumes the parked fiber; undefined while it runs. */
   #unpark: ((next: Effect.Effect<void, VirtqueueFault>) => void) | undefined;
   #batch = BATCH_FIRST;
@@ -84,6 +85,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.counters = start.counters;
     this.#queue = new SplitQueue(start.memory, start.layout);
     this.#service = device.openQueue(this);
+    this.#signalAfter = this.#service.signalAfter ?? loop.signalAfter;
     start.memory.pin();
   }
 
@@ -192,9 +194,9 @@ export class QueueRunner implements LoopMember, QueuePort {
   #deliver(): void {
     const queue = this.#queue;
     const waits = queue.isArmed();
-    if (waits && queue.unsignalled < this.loop.signalAfter && this.loop.isHolding) return;
+    if (waits && queue.unsignalled < this.#signalAfter && this.loop.isHolding) return;
     this.#publish();
-    if (waits && queue.unsignalled >= this.loop.signalAfter) this.#signal();
+    if (waits && queue.unsignalled >= this.#signalAfter) this.#signal();
   }
 
   owes(): boolean {

@@ -235,7 +235,7 @@ export class Connection {
       case REQUEST.SET_PROTOCOL_FEATURES:
         return done(attempt(() => this.#setProtocolFeatures(message)));
       case REQUEST.GET_QUEUE_NUM:
-        return reply(() => encodeU64(BigInt(this.#rings.length)));
+        return reply(() => encodeU64(BigInt(this.#options.device.queueNumber ?? this.#rings.length)));
       case REQUEST.SET_OWNER:
         return Effect.succeed(undefined);
       case REQUEST.RESET_OWNER:

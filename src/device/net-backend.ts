@@ -1,0 +1,59 @@
+/**
+ * The host's side of a network card, as the device sees it: lanes that give and take one Ethernet frame at a
+ * time, now or not at all. Whether a tap or a process behind a stream socket is at the other end, the device
+ * does not know.
+ *
+ * Frames are read and written from the loop with system calls that do not block, not through the ring: a frame
+ * that is there is copied at once either way, and a read that has to wait is a poll within the kernel all the same.
+ */
+import * as Data from "effect/Data";
+
+/** A network card that cannot be made; the message says which, why, and what to do. */
+export class NetError extends Data.TaggedError("NetError")<{ readonly message: string }> {}
+
+/** What a frame's header may ask of the guest (section 5.1.6.3), as TUNSETOFFLOAD counts it (linux/if_tun.h). */
+export const OFFLOAD = { CSUM: 1, TSO4: 2, TSO6: 4, TSO_ECN: 8 } as const;
+
+export interface NetLane {
+  /** To wait for frames, or for room, by poll. */
+  readonly fd: number;
+  /**
+   * Reads one frame, its virtio_net_hdr first, into the memory that `count` iovecs at host address `iovecs`
+   * name. How many bytes, or -errno; -EAGAIN: there is none now.
+   */
+  receive(iovecs: number, count: number): number;
+  /** Writes one frame, its virtio_net_hdr first; -EAGAIN: no room now, the frame was not taken. */
+  transmit(iovecs: number, count: number): number;
+}
+
+export interface NetBackend {
+  /** "tap tap0", say; for messages. */
+  readonly label: string;
+  /** One for each queue pair. */
+  readonly lanes: readonly NetLane[];
+  /** Whether frames may carry partial checksums and be larger than the MTU, both ways. */
+  readonly canOffload: boolean;
+  /** The largest packet that fits a frame, if that is known. */
+  readonly mtu: number | undefined;
+  /** The driver negotiated anew: how long headers are, and what frames may ask of the guest. */
+  configure(headerBytes: number, offload: number): void;
+  /** Frames for the guest come by this lane, or no longer. */
+  setActive(lane: number, active: boolean): void;
+}
+
+/** What a network card did. */
+export interface NetCounters {
+  readonly received: { frames: number; bytes: number; dropped: number };
+  readonly transmitted: { frames: number; bytes: number; dropped: number };
+}
+
+export const noNetCounters = (): NetCounters => ({
+  received: { frames: 0, bytes: 0, dropped: 0 },
+  transmitted: { frames: 0, bytes: 0, dropped: 0 },
+});
+
+/** Bytes that one service takes before other devices have their turn. */
+export const TURN_BYTES_MAX = 65536;
+
+/** iovecs that one system call takes (IOV_MAX of linux/limits.h). */
+export const IOVECS_A_CALL_MAX = 1024;
