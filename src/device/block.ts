@@ -208,7 +208,9 @@ class BlockRequest {
   #left = 0;
   /** Bytes of data of the whole request. */
   #bytes = 0;
-  /** Iovecs not yet consumed: `#iovecCount` from index `#iovec`. */
+  /** Where the data is, when it is in one buffer. */
+  #address = 0;
+  /** Iovecs not yet consumed: `#iovecCount` from index `#iovec`. With one buffer they are not filled in. */
   #iovec = 0;
   #iovecCount = 0;
   /** What the used element says: bytes written into the chain. */
@@ -239,7 +241,8 @@ class BlockRequest {
       return;
     }
     const last = chain.count - 1;
-    this.#statusRegion = chain.region[last];
+    const region = chain.region[last];
+    if (this.#statusRegion !== region) this.#statusRegion = region;
     this.#statusOffset = chain.offset[last] + chain.length[last] - 1;
     this.#written = 1;
 
@@ -277,7 +280,7 @@ class BlockRequest {
     const sectors = bytes / SECTOR_BYTES;
     if (
       (this.#type === BLK_T.OUT && disk.readonly) ||
-      bytes % SECTOR_BYTES !== 0 ||
+      (bytes & (SECTOR_BYTES - 1)) !== 0 ||
       sector > disk.sectors ||
       sectors > disk.sectors - sector ||
       !this.#gather(chain, bytes)
@@ -293,9 +296,21 @@ class BlockRequest {
     else this.#transfer();
   }
 
-  /** Makes iovecs of the data: what is behind the header, or before the status byte. False: too many. */
+  /** Finds the data: what is behind the header, or before the status byte. False: in too many pieces. */
   #gather(chain: DescriptorChain, bytes: number): boolean {
     const isRead = this.#type === BLK_T.IN;
+    // Nearly always it has a segment to itself.
+    const only = isRead ? chain.readable : 1;
+    if (chain.length[only] === bytes && (isRead || chain.length[0] === HEADER_BYTES)) {
+      this.#address = chain.address(only);
+      this.#iovec = 0;
+      this.#iovecCount = 1;
+      return true;
+    }
+    return this.#gatherPieces(chain, bytes, isRead);
+  }
+
+  #gatherPieces(chain: DescriptorChain, bytes: number, isRead: boolean): boolean {
     let skip = isRead ? 0 : HEADER_BYTES;
     let left = bytes;
     let count = 0;
@@ -313,6 +328,7 @@ class BlockRequest {
     }
     this.#iovec = 0;
     this.#iovecCount = count;
+    if (count === 1) this.#address = this.#iovecAddress(0);
     return true;
   }
 
@@ -338,7 +354,10 @@ class BlockRequest {
   #chooseFd(): number {
     const { fd, directFd, directAlignment } = this.#service.disk;
     if (directFd === undefined || this.#offset % directAlignment !== 0) return fd;
-    for (let i = 0; i < this.#iovecCount; i++) {
+    if (this.#iovecCount === 1) {
+      return this.#address % directAlignment === 0 && this.#left % directAlignment === 0 ? directFd : fd;
+    }
+    for (let i = this.#iovec; i < this.#iovec + this.#iovecCount; i++) {
       if (this.#iovecAddress(i) % directAlignment !== 0 || this.#iovecLength(i) % directAlignment !== 0)
         return fd;
     }
@@ -352,9 +371,8 @@ class BlockRequest {
     const isRead = this.#type === BLK_T.IN;
     if (this.#iovecCount === 1) {
       // One buffer, by far the most frequent: READ and WRITE are cheaper than READV and WRITEV.
-      const address = this.#iovecAddress(this.#iovec);
-      if (isRead) queue.read(this.slot, this.#fd, address, this.#left, this.#offset);
-      else queue.write(this.slot, this.#fd, address, this.#left, this.#offset, writeFlags);
+      if (isRead) queue.read(this.slot, this.#fd, this.#address, this.#left, this.#offset);
+      else queue.write(this.slot, this.#fd, this.#address, this.#left, this.#offset, writeFlags);
       return;
     }
     const iovecs = this.#iovecsAddress + this.#iovec * IOVEC_BYTES;
@@ -393,6 +411,13 @@ class BlockRequest {
   #advance(done: number): void {
     this.#offset += done;
     this.#left -= done;
+    if (this.#iovecCount === 1) this.#address += done;
+    else this.#skipIovecs(done);
+    this.#fd = this.#chooseFd();
+    this.#transfer();
+  }
+
+  #skipIovecs(done: number): void {
     let skip = done;
     while (skip >= this.#iovecLength(this.#iovec)) {
       skip -= this.#iovecLength(this.#iovec);
@@ -404,8 +429,7 @@ class BlockRequest {
       this.#iovecAddress(this.#iovec) + skip,
       this.#iovecLength(this.#iovec) - skip,
     );
-    this.#fd = this.#chooseFd();
-    this.#transfer();
+    if (this.#iovecCount === 1) this.#address = this.#iovecAddress(this.#iovec);
   }
 
   #getId(chain: DescriptorChain): void {
@@ -502,7 +526,7 @@ const headerBytes = new Uint8Array(header.buffer);
 /** Copies the header out, once: a first segment that holds it aligned is the rule, anything else is legal. */
 function readHeader(chain: DescriptorChain): void {
   const offset = chain.offset[0];
-  if (chain.length[0] >= HEADER_BYTES && offset % 4 === 0 && offset + HEADER_BYTES <= WINDOW_BYTES) {
+  if (chain.length[0] >= HEADER_BYTES && (offset & 3) === 0 && offset + HEADER_BYTES <= WINDOW_BYTES) {
     const words = chain.region[0].words[0];
     const at = offset / 4;
     header[0] = words[at];

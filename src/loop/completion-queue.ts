@@ -67,6 +67,11 @@ export interface CompletionQueue {
   submit(): void;
   /** Operations that are not yet handed over. */
   readonly unsubmitted: number;
+  /**
+   * File operations (with an offset, or without position: flush, allocate) that are started and not drained. A
+   * queue that does not count them has none.
+   */
+  readonly working?: number;
   /** Whether drain would find something. */
   hasCompletions(): boolean;
   /** Runs the handlers of at most `limit` completions; returns how many ran. */

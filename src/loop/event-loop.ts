@@ -222,7 +222,7 @@ export class EventLoop {
    * waits for every answer makes this fail, and is told at once.
    */
   #hold(): boolean {
-    if (this.#spinUs === 0 || !this.#owes()) return false;
+    if (this.#spinUs === 0 || this.#works() || !this.#owes()) return false;
     return this.#holding.attempt() && this.#lookOut(this.#holding);
   }
 
@@ -231,11 +231,16 @@ export class EventLoop {
    * than that. It pays only while the guest runs on another core and answers at once.
    */
   #spin(): boolean {
-    if (this.#spinUs === 0 || !this.#spinning.attempt()) return false;
+    if (this.#spinUs === 0 || this.#works() || !this.#spinning.attempt()) return false;
     this.counters.spins++;
     const found = this.#lookOut(this.#spinning);
     if (found) this.counters.spinHits++;
     return found;
+  }
+
+  /** I/O of our own is under way: its end wakes us, and whoever does it may need this CPU. */
+  #works(): boolean {
+    return (this.queue.working ?? 0) > 0;
   }
 
   #lookOut(adaptive: Adaptive): boolean {

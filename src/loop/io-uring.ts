@@ -45,6 +45,11 @@ const OP = {
 const FSYNC_DATASYNC = 1;
 const POLL_ADD_MULTI = 1;
 
+/** States of a slot. WORKING is busy with file I/O, which ends by itself, soon. */
+const IDLE = 0;
+const BUSY = 1;
+const WORKING = 2;
+
 /** SQE and CQE sizes in 32-bit words. */
 const SQE_WORDS = 16;
 const CQE_WORDS = 4;
@@ -118,6 +123,7 @@ export function probeIoUring(): IoUringUnavailable | undefined {
 export class IoUring implements CompletionQueue {
   readonly name = "io_uring";
   readonly counters: QueueCounters = { submitted: 0, completed: 0, enters: 0 };
+  working = 0;
   readonly fd: number;
   /** Addresses that the sleeping place in native-shim needs; the order of enum ring_word in sleep.c. */
   readonly words: Float64Array;
@@ -144,7 +150,8 @@ export class IoUring implements CompletionQueue {
   #backlog: Uint32Array[] = [];
 
   readonly #handlers: CompletionHandler[] = [];
-  readonly #busy: boolean[] = [];
+  /** Per slot: IDLE, BUSY or WORKING. */
+  readonly #busy: number[] = [];
   readonly #free: Slot[] = [];
 
   constructor() {
@@ -211,18 +218,18 @@ export class IoUring implements CompletionQueue {
   claim(handler: CompletionHandler): Slot {
     const slot = this.#free.pop() ?? this.#handlers.length;
     this.#handlers[slot] = handler;
-    this.#busy[slot] = false;
+    this.#busy[slot] = IDLE;
     return slot;
   }
 
   release(slot: Slot): void {
-    if (this.#busy[slot]) throw new Error(`operation slot ${slot} released while in flight`);
+    if (this.#busy[slot] !== IDLE) throw new Error(`operation slot ${slot} released while in flight`);
     this.#handlers[slot] = releasedSlot;
     this.#free.push(slot);
   }
 
   isBusy(slot: Slot): boolean {
-    return this.#busy[slot] === true;
+    return this.#busy[slot] > IDLE;
   }
 
   read(slot: Slot, fd: number, address: number, length: number, offset: number): void {
@@ -259,7 +266,7 @@ export class IoUring implements CompletionQueue {
   }
 
   cancel(slot: Slot): void {
-    if (!this.#busy[slot]) return;
+    if (this.#busy[slot] === IDLE) return;
     this.#fill(CANCEL_SLOT, OP.ASYNC_CANCEL, -1, slot, 0, 0, 0);
   }
 
@@ -272,8 +279,13 @@ export class IoUring implements CompletionQueue {
     offset: number,
     flags: number,
   ): void {
-    if (this.#busy[slot]) throw new Error(`operation slot ${slot} is already in flight`);
-    this.#busy[slot] = true;
+    if (this.#busy[slot] !== IDLE) throw new Error(`operation slot ${slot} is already in flight`);
+    if (offset >= 0 && op !== OP.POLL_ADD) {
+      this.#busy[slot] = WORKING;
+      this.working++;
+    } else {
+      this.#busy[slot] = BUSY;
+    }
     this.#fill(slot, op, fd, address, length, offset, flags);
   }
 
@@ -408,6 +420,7 @@ export class IoUring implements CompletionQueue {
     const available = (Atomics.load(ring, this.#cqTail) - head) >>> 0;
     const count = Math.min(available, limit);
     const cqes = this.#cqes;
+    const busy = this.#busy;
     for (let n = 0; n < count; n++) {
       const i = (head & this.#cqMask) * CQE_WORDS;
       const slot = cqes[i];
@@ -416,7 +429,10 @@ export class IoUring implements CompletionQueue {
       head = (head + 1) >>> 0;
       // The head goes first: a handler may drain no further, but it may throw.
       ring[this.#cqHead] = head;
-      if (!more) this.#busy[slot] = false;
+      if (!more) {
+        if (busy[slot] === WORKING) this.working--;
+        busy[slot] = IDLE;
+      }
       this.#handlers[slot](result, more);
     }
     this.counters.completed += count;

@@ -40,7 +40,8 @@ export class DescriptorChain {
   push(region: MemoryRegion, offset: number, length: number, writable: boolean): boolean {
     const i = this.count;
     if (i === this.offset.length) return false;
-    this.region[i] = region;
+    // Mostly it is there already, and storing a reference costs more than looking.
+    if (this.region[i] !== region) this.region[i] = region;
     this.offset[i] = offset;
     this.length[i] = length;
     this.count = i + 1;

@@ -213,6 +213,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     try {
       const available = this.#queue.countAvailable();
       this.#available = Math.min(available, this.#batch);
+      if (this.#available > 1) this.#queue.prefetch(this.#available);
       served = this.#service.serve(this.#available);
     } catch (error) {
       if (!(error instanceof VirtqueueFault)) throw error;

@@ -68,6 +68,11 @@ export class SplitQueue {
   readonly #indirect: boolean;
   readonly #notifyOnEmpty: boolean;
   readonly #chainMax: number;
+  /** Where the last address was, and its first window. */
+  #nearRegion: MemoryRegion;
+  #nearWords: Uint32Array;
+  /** Keeps the compiler from leaving out what prefetch does. */
+  #seen = 0;
   /** One bit a head: chains that were taken and not yet used. */
   readonly #taken: Uint8Array;
   #takenCount = 0;
@@ -94,6 +99,8 @@ export class SplitQueue {
     this.#available = new Uint16Array(available.buffer, available.byteOffset, 3 + size);
     this.#used = new Uint16Array(used.buffer, used.byteOffset, 3 + 4 * size);
     this.#usedElements = new Uint32Array(used.buffer, used.byteOffset, 1 + 2 * size);
+    this.#nearRegion = memory.regions[0];
+    this.#nearWords = memory.regions[0].words[0];
     this.#eventIdx = has(layout.features, F_EVENT_IDX);
     this.#indirect = has(layout.features, F_INDIRECT_DESC);
     this.#notifyOnEmpty = has(layout.features, F_NOTIFY_ON_EMPTY);
@@ -146,7 +153,7 @@ export class SplitQueue {
     if (head >= this.size) throw this.#fault(`head ${head} is outside the queue of ${this.size}`);
     if (this.#taken[head] === 1) throw this.#fault(`head ${head} was made available while still in use`);
     chain.clear(head);
-    this.#walk(chain, this.#descriptors, 0, this.size, head);
+    this.#walk(chain, head);
     this.#taken[head] = 1;
     this.#takenCount++;
     this.nextAvailable = (this.nextAvailable + 1) & 0xffff;
@@ -160,11 +167,45 @@ export class SplitQueue {
   }
 
   /**
-   * Walks a table of `size` descriptors (the queue's own, or an indirect one that starts at word `first`) from
-   * `index`. A descriptor's fields are read once each time the walk comes by; the steps are bounded.
+   * Looks at what the next `count` chains will be read from, and forgets what it saw. The driver wrote all that on
+   * another core: these loads do not depend on each other, so the processor waits for many lines at a time, where
+   * the walks would wait for one after the other.
    */
-  #walk(chain: DescriptorChain, table: Uint32Array, first: number, size: number, index: number): void {
-    const isIndirect = table !== this.#descriptors;
+  prefetch(count: number): void {
+    const available = this.#available;
+    const descriptors = this.#descriptors;
+    const mask = this.#mask;
+    const words = this.#nearWords;
+    const base = this.#nearRegion.guestBase;
+    const end = words.length * 4 - 3 * DESC_BYTES;
+    const next = this.nextAvailable;
+    let seen = 0;
+    for (let n = 0; n < count; n++) {
+      const at = (available[2 + ((next + n) & mask)] & mask) * 4;
+      const first = descriptors[at] + descriptors[at + 1] * 0x100000000 - base;
+      if (!(first >= 0 && first < end)) continue;
+      const word = Math.floor(first / 4);
+      if ((descriptors[at + 3] & DESC_F_INDIRECT) === 0) {
+        seen ^= words[word];
+        continue;
+      }
+      // A block request's table has three entries, and the first is of its header.
+      seen ^= words[word + 8];
+      const second = words[word] + words[word + 1] * 0x100000000 - base;
+      if (second >= 0 && second < end) seen ^= words[Math.floor(second / 4)];
+    }
+    this.#seen = (this.#seen ^ seen) & 1;
+  }
+
+  /**
+   * Walks the queue's own table from `index`, and then the indirect table if there is one. A descriptor's fields
+   * are read once each time the walk comes by; the steps are bounded.
+   */
+  #walk(chain: DescriptorChain, index: number): void {
+    let table = this.#descriptors;
+    let first = 0;
+    let size = this.size;
+    let isIndirect = false;
     let i = index;
     for (let steps = 0; ; steps++) {
       if (steps === size)
@@ -175,26 +216,40 @@ export class SplitQueue {
       const length = table[at + 2];
       const word = table[at + 3];
       const flags = word & 0xffff;
-      const next = word >>> 16;
       const address = low + high * 0x100000000;
       if ((flags & DESC_F_INDIRECT) !== 0) {
         if (isIndirect)
           throw this.#fault(`descriptor ${i} of the indirect table of head ${chain.head} is itself indirect`);
         if ((flags & DESC_F_NEXT) !== 0) throw this.#fault(`descriptor ${i} has both INDIRECT and NEXT`);
-        this.#walkIndirect(chain, i, address, length);
-        return;
+        const region = this.#indirectRegion(i, address, length);
+        const offset = address - region.guestBase;
+        size = length / DESC_BYTES;
+        if (offset + length <= WINDOW_BYTES && (offset & 3) === 0) {
+          table = region.words[0];
+          first = offset / 4;
+        } else {
+          // In a later window, across two, or not aligned to words.
+          copyWords(region, offset, length / 4, indirectScratch);
+          table = indirectScratch;
+          first = 0;
+        }
+        isIndirect = true;
+        i = 0;
+        steps = -1;
+        continue;
       }
       this.#addBuffer(chain, i, address, length, (flags & DESC_F_WRITE) !== 0);
       if ((flags & DESC_F_NEXT) === 0) return;
+      const next = word >>> 16;
       if (next >= size) throw this.#fault(`descriptor ${i} has next ${next}, outside its table of ${size}`);
       i = next;
     }
   }
 
-  /** Section 2.7.5.3. A table that is not aligned to words, or lies in two windows, is copied first. */
-  #walkIndirect(chain: DescriptorChain, index: number, address: number, length: number): void {
+  /** Checks what an indirect descriptor says (section 2.7.5.3); the region that its table lies in. */
+  #indirectRegion(index: number, address: number, length: number): MemoryRegion {
     if (!this.#indirect) throw this.#fault(`descriptor ${index} is indirect, which was not negotiated`);
-    if (length === 0 || length % DESC_BYTES !== 0) {
+    if (length === 0 || (length & (DESC_BYTES - 1)) !== 0) {
       throw this.#fault(
         `indirect table of descriptor ${index} has ${length} bytes, not a multiple of ${DESC_BYTES} above 0`,
       );
@@ -205,21 +260,25 @@ export class SplitQueue {
         `indirect table of descriptor ${index} has ${size} entries, more than ${this.#chainMax}`,
       );
     }
-    const region = this.#memory.regionAt(address);
+    const region = this.#regionAt(address);
     if (region === undefined || length > region.guestEnd - address) {
       throw this.#fault(
         `indirect table of descriptor ${index} at 0x${address.toString(16)} + ${length} is outside guest memory`,
       );
     }
-    const offset = address - region.guestBase;
-    const window = region.words[Math.floor(offset / WINDOW_BYTES)];
-    const start = offset % WINDOW_BYTES;
-    if (start % 4 === 0 && start + length <= window.length * 4) {
-      this.#walk(chain, window, start / 4, size, 0);
-      return;
+    return region;
+  }
+
+  /** The region that holds this address; nearly always it is the one that held the last. */
+  #regionAt(address: number): MemoryRegion | undefined {
+    const near = this.#nearRegion;
+    if (address >= near.guestBase && address < near.guestEnd) return near;
+    const region = this.#memory.regionAt(address);
+    if (region !== undefined) {
+      this.#nearRegion = region;
+      this.#nearWords = region.words[0];
     }
-    copyWords(region, offset, length / 4, indirectScratch);
-    this.#walk(chain, indirectScratch, 0, size, 0);
+    return region;
   }
 
   #addBuffer(
@@ -237,14 +296,14 @@ export class SplitQueue {
     let from = address;
     let left = length;
     while (left > 0) {
-      const region = this.#memory.regionAt(from);
+      const region = this.#regionAt(from);
       if (region === undefined) {
         throw this.#fault(
           `descriptor ${index}: 0x${address.toString(16)} + ${length} is outside guest memory`,
         );
       }
       const room = region.guestEnd - from;
-      const take = Math.min(left, room);
+      const take = left <= room ? left : room;
       if (!chain.push(region, from - region.guestBase, take, writable)) {
         throw this.#fault(`chain of head ${chain.head} has more than ${chain.count} segments`);
       }

@@ -455,6 +455,29 @@ ringTest("a guest that waits for every answer makes holding rest", (t) => {
   }, true);
 });
 
+ringTest("nobody looks out for work while I/O of our own is under way", (t) => {
+  byHand((loop, queue) => {
+    let looks = 0;
+    const member: LoopMember = {
+      work: () => 0,
+      settle: (idle) => (idle ? "cold" : "wait"),
+      peek: () => {
+        looks++;
+        return false;
+      },
+      owes: () => true,
+    };
+    queue.working = 1;
+    loop.heat(member);
+    loop.turn();
+    t.is(looks, 0);
+    queue.working = 0;
+    loop.heat(member);
+    loop.turn();
+    t.true(looks > 0);
+  }, true);
+});
+
 // Node in the loop.
 
 /** Keeps `depth` page-cache reads in flight, each restarted from its completion, until `stop`. */

@@ -167,6 +167,33 @@ ringTest(
 );
 
 ringTest(
+  "file I/O counts as work until its completion was drained; polls and terminals never do",
+  withRing(async ({ queue, memory, fd, pump }, t) => {
+    const done: number[] = [];
+    const slots = Array.from({ length: 4 }, () => queue.claim((result) => done.push(result)));
+    queue.read(slots[0], fd, memory.address, 4096, 0);
+    queue.write(slots[1], fd, memory.address, 4096, 4096, 0);
+    queue.datasync(slots[2], fd);
+    t.is(queue.working, 3);
+    const event = native.eventfd();
+    queue.read(slots[3], event, memory.address + 8192, 8, NO_OFFSET);
+    t.is(queue.working, 3);
+    queue.submit();
+    t.is(queue.working, 3);
+    await pump("the file operations", () => done.length >= 3);
+    t.is(queue.working, 0);
+    native.signal(event);
+    await pump("the read of the eventfd", () => !queue.isBusy(slots[3]));
+    const polled = queue.claim(() => {});
+    queue.poll(polled, event, POLL_OUT);
+    t.is(queue.working, 0);
+    await pump("the poll", () => !queue.isBusy(polled));
+    t.is(queue.working, 0);
+    native.close(event);
+  }),
+);
+
+ringTest(
   "errors come as -errno",
   withRing(async ({ queue, memory, fd, run }, t) => {
     const bad = 999_999;

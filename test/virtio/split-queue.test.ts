@@ -624,3 +624,31 @@ test("the driver need not kick while notifications are off, and has to when they
     t.true(driver.needsKick());
   }
 });
+
+test("prefetch changes nothing and minds no nonsense", (t) => {
+  for (const words of [
+    [0, 0, 0, 0],
+    [0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff],
+    [0x8000, 0, 48, DESC_F.INDIRECT],
+    [0x8000, 0x7fffffff, 48, DESC_F.INDIRECT],
+    [MIB - 4, 0, 48, DESC_F.INDIRECT],
+    [0x8003, 0, 7, 0],
+  ]) {
+    const { driver, queue, chain } = makePair({ features: F_INDIRECT_DESC });
+    const head = driver.offer(driver.readable(Uint8Array.of(1, 2, 3)));
+    const junk = new Uint32Array(
+      driver.memory.regions[0].words[0].buffer,
+      driver.layout.descriptors,
+      4 * queue.size,
+    );
+    for (let i = 0; i < queue.size; i++) if (i !== head) junk.set(words, i * 4);
+    driver.setTableEntry(0x8000, 0, { address: 0xfffffffffff0, length: 16, flags: 0, next: 0 });
+    for (let i = 0; i < 5; i++) driver.makeAvailable(0xffff - i);
+    driver.publish();
+    t.notThrows(() => queue.prefetch(queue.countAvailable()));
+    t.notThrows(() => queue.prefetch(1000));
+    t.is(queue.nextAvailable, driver.layout.nextAvailable);
+    queue.take(chain);
+    t.deepEqual([chain.head, chain.count, chain.readableBytes], [head, 1, 3]);
+  }
+});
