@@ -31,6 +31,7 @@ struct function {
 extern const struct function memory_functions[];
 extern const struct function ring_functions[];
 extern const struct function sleep_functions[];
+extern const struct function epoll_functions[];
 extern const struct function file_functions[];
 extern const struct function packet_functions[];
 extern const struct function terminal_functions[];

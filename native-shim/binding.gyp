@@ -2,13 +2,13 @@
   "target_defaults": {
     "cflags": ["-Wall", "-Wextra", "-Werror", "-O2"],
     "cflags!": ["-Wno-unused-parameter"],
-    "defines": ["_GNU_SOURCE"]
+    "defines": ["_GNU_SOURCE", "_FILE_OFFSET_BITS=64"]
   },
   "targets": [
     {
       # The Node-API addon: only what JavaScript cannot do.
       "target_name": "loopguest_native",
-      "sources": ["addon.c", "memory.c", "ring.c", "sleep.c", "files.c", "packets.c", "terminal.c"],
+      "sources": ["addon.c", "memory.c", "ring.c", "epoll.c", "operation.c", "pool.c", "sleep.c", "files.c", "packets.c", "terminal.c"],
       "defines": ["NAPI_VERSION=8"]
     },
     {

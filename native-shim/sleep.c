@@ -1,10 +1,10 @@
 /*
  * The one place where the process sleeps.
  *
- * libuv runs its phases timers, prepare, poll, check. Our prepare handle blocks in io_uring_enter, so that the
- * completion queue is what wakes the process; libuv's own poll set is watched by the ring like any other
- * descriptor (JavaScript arms that poll), and libuv's next timer bounds the wait. An idle handle that is
- * always active keeps libuv's own poll phase from blocking; it is stopped while uv_backend_timeout is asked,
+ * libuv runs its phases timers, prepare, poll, check. Our prepare handle blocks in io_uring_enter (or in epoll_wait,
+ * where there is no io_uring), so that the completion queue is what wakes the process; libuv's own poll set is
+ * watched by it like any other descriptor (JavaScript arms that poll), and libuv's next timer bounds the wait. An
+ * idle handle that is always active keeps libuv's own poll phase from blocking; it is stopped while uv_backend_timeout is asked,
  * because an active idle handle makes that answer 0.
  *
  * libuv adds new descriptors to its poll set only in its poll phase, and JavaScript may have opened some since
@@ -15,6 +15,7 @@
  * promise continuation may have scheduled work after the turn returned.
  */
 #include "addon.h"
+#include "epoll.h"
 
 #include <linux/io_uring.h>
 #include <linux/time_types.h>
@@ -40,6 +41,8 @@ struct sleeper {
 	napi_ref turn;
 	napi_async_context context;
 	int ring_fd;
+	/* In place of a ring: then of `word` only CONTROL is set. */
+	struct epoll_queue *epoll;
 	int open_handles;
 	bool stopped;
 	unsigned *word[RING_WORDS];
@@ -52,7 +55,15 @@ static unsigned load(const struct sleeper *s, enum ring_word word)
 
 static bool has_completions(const struct sleeper *s)
 {
+	if (s->epoll)
+		return epoll_queue_has_completions(s->epoll);
 	return load(s, CQ_HEAD) != load(s, CQ_TAIL);
+}
+
+/* Whether the ring has more to tell when it is asked. */
+static bool has_deferred(const struct sleeper *s)
+{
+	return !s->epoll && (load(s, SQ_FLAGS) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
 }
 
 static unsigned unsubmitted(const struct sleeper *s)
@@ -60,7 +71,15 @@ static unsigned unsubmitted(const struct sleeper *s)
 	return load(s, SQ_TAIL) - load(s, SQ_HEAD);
 }
 
-static void enter(struct sleeper *s, unsigned wait, int64_t timeout_ms)
+static void enter_epoll(struct sleeper *s, unsigned wait, int timeout_ms)
+{
+	int result = epoll_queue_wait(s->epoll, wait ? timeout_ms : 0);
+
+	if (result < 0)
+		s->word[CONTROL][LAST_ERROR] = (unsigned)-result;
+}
+
+static void enter_ring(struct sleeper *s, unsigned wait, int64_t timeout_ms)
 {
 	struct __kernel_timespec ts = { .tv_sec = timeout_ms / 1000, .tv_nsec = (timeout_ms % 1000) * 1000000 };
 	struct io_uring_getevents_arg arg = { .ts = timeout_ms >= 0 ? (uint64_t)(uintptr_t)&ts : 0 };
@@ -70,6 +89,14 @@ static void enter(struct sleeper *s, unsigned wait, int64_t timeout_ms)
 	/* ETIME and EINTR are ordinary wake-ups; anything else is for JavaScript to look at. */
 	if (result < 0 && errno != ETIME && errno != EINTR)
 		s->word[CONTROL][LAST_ERROR] = (unsigned)errno;
+}
+
+static void enter(struct sleeper *s, unsigned wait, int timeout_ms)
+{
+	if (s->epoll)
+		enter_epoll(s, wait, timeout_ms);
+	else
+		enter_ring(s, wait, timeout_ms);
 }
 
 static void idle_nothing(uv_idle_t *handle)
@@ -122,8 +149,7 @@ static bool has_work(const struct sleeper *s)
 {
 	const unsigned *control = s->word[CONTROL];
 
-	return control[DIRTY] || has_completions(s) || control[LAST_ERROR] ||
-	       (load(s, SQ_FLAGS) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+	return control[DIRTY] || has_completions(s) || control[LAST_ERROR] || has_deferred(s);
 }
 
 static void on_prepare(uv_prepare_t *handle)
@@ -160,8 +186,9 @@ static void on_closed(uv_handle_t *handle)
 }
 
 /*
- * sleepStart(ringFd, words, turn): words is a Float64Array of addresses in the order of enum ring_word.
- * From here on the process sleeps in io_uring_enter. The result is for sleepStop.
+ * sleepStart(ring, words, turn): words is a Float64Array of addresses in the order of enum ring_word. From here on the
+ * process sleeps in io_uring_enter; or, when `ring` is not a descriptor but what epollOpen returned, in epoll_wait.
+ * The result is for sleepStop.
  */
 static napi_value sleep_start(napi_env env, napi_callback_info info)
 {
@@ -181,6 +208,7 @@ static napi_value sleep_start(napi_env env, napi_callback_info info)
 		s->word[i] = (unsigned *)(uintptr_t)words[i];
 	s->env = env;
 	s->ring_fd = arg_int(&args, 0);
+	napi_get_value_external(env, args.value[0], (void **)&s->epoll);
 	napi_create_string_utf8(env, "loopguest", NAPI_AUTO_LENGTH, &name);
 	napi_async_init(env, NULL, name, &s->context);
 	napi_create_reference(env, args.value[2], 1, &s->turn);

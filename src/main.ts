@@ -10,7 +10,7 @@ import { diagnose, renderJson, renderText } from "./cli/doctor.ts";
 import type { Services } from "./devices.ts";
 import { findUmlKernel } from "./hypervisor/uml-kernel.ts";
 import { probeIoUring } from "./loop/io-uring.ts";
-import { type LoopTuning, openLoop } from "./loop/open-loop.ts";
+import { type LoopTuning, type OpenLoop, openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
 import { openReporter } from "./reporter.ts";
 import { run } from "./run.ts";
@@ -41,12 +41,17 @@ const program = Effect.gen(function* () {
 /** Opens the loop and what goes with it, then runs the guest or serves. */
 function withLoop(command: RunCommand | ServeCommand) {
   return Effect.gen(function* () {
-    const opened = yield* openLoop(scheduler, tuning());
+    const opened = yield* openLoop(scheduler, { ...tuning(), completion: command.completion });
     const reporter = yield* openReporter(opened.loop, command.verbose);
+    reporter.trace?.(completionLine(opened));
     const services: Services = { opened, reporter, stats: [] };
     yield* writeStats(opened, services.stats, command.stats);
     return yield* command._tag === "Run" ? run(services, command) : serve(services, command);
   });
+}
+
+function completionLine({ loop, whyNotIoUring }: OpenLoop): string {
+  return `completion queue: ${loop.queue.name}${whyNotIoUring === undefined ? "" : ` (${whyNotIoUring})`}`;
 }
 
 /** The bench tries other bounds than the defaults by these variables; they are no part of the command line. */

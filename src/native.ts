@@ -14,6 +14,9 @@ import { getSystemErrorName } from "node:util";
 /** What sleepStart returned; only sleepStop takes it. */
 export type Sleeper = { readonly _: unique symbol };
 
+/** The native side of the completion queue on epoll. */
+export type Place = { readonly __: unique symbol };
+
 export interface Native {
   /** Maps `length` bytes of `fd` from `offset`, shared; fd -1 is private anonymous memory. Returns the address. */
   mmap(fd: number, offset: number, length: number, writable: boolean): number;
@@ -32,8 +35,23 @@ export interface Native {
   ioUringEnter(fd: number, toSubmit: number, minComplete: number, flags: number): number;
   ioUringRegister(fd: number, opcode: number, bytes: ArrayBufferView | null, count: number): number;
 
-  /** Makes io_uring_enter on this ring the place where the process sleeps; see native-shim/sleep.c. */
-  sleepStart(ringFd: number, words: Float64Array, turn: () => void): Sleeper;
+  /** The queue on epoll over shared memory at these addresses; its layout stands in native-shim/epoll.c. */
+  epollOpen(table: number, words: number, slots: number, threads: number): Place;
+  /** Waits for what the pool is just doing. */
+  epollClose(place: Place): void;
+  /** Begins the first `count` listed operations; how many of them (the first in the list now) wait for readiness. */
+  epollSubmit(place: Place, count: number): number;
+  /** Looks for readiness without waiting: 0 or -errno. */
+  epollCollect(place: Place): number;
+  /** epoll_ctl(2): 0 or -errno. */
+  epollControl(place: Place, op: number, fd: number, events: number, generation: number): number;
+  /** Gives the operation of a slot, and later ones on its descriptor, to the pool. */
+  epollPool(place: Place, slot: number): void;
+  /** Takes back what no thread of the pool has begun: it completes with -ECANCELED. */
+  epollCancel(place: Place, slot: number): void;
+
+  /** Makes this ring, or this epoll queue, the place where the process sleeps; see native-shim/sleep.c. */
+  sleepStart(place: number | Place, words: Float64Array, turn: () => void): Sleeper;
   sleepStop(sleeper: Sleeper): void;
   /** The descriptor of libuv's poll set: readable when libuv has events to handle. */
   backendFd(): number;

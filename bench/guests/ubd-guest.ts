@@ -27,6 +27,7 @@ const program = Effect.gen(function* () {
     { opened, reporter, stats: [] },
     {
       _tag: "Run",
+      completion: "auto",
       blocks: [],
       nets: [],
       rng: undefined,

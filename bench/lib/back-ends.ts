@@ -64,7 +64,7 @@ function loopguestCommand(): { command: string[]; about: string } | undefined {
 }
 
 function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): BackEnd {
-  const { about = "", env = {} } = variant;
+  const { about = "", env = {}, words = [] } = variant;
   return {
     name,
     direct,
@@ -77,14 +77,22 @@ function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): 
     command: (disks) => [
       ...(loopguestCommand()?.command ?? []),
       "serve",
+      ...words,
       ...disks.map(({ file, socket }) => `--block=${file},socket=${socket}${direct ? ",direct" : ""}`),
     ],
-    console: (socket) => [...(loopguestCommand()?.command ?? []), "serve", `--console=socket=${socket}`],
+    console: (socket) => [
+      ...(loopguestCommand()?.command ?? []),
+      "serve",
+      ...words,
+      `--console=socket=${socket}`,
+    ],
   };
 }
 
 interface LoopVariant {
   readonly about?: string;
+  /** Options of loopguest serve. */
+  readonly words?: readonly string[];
   readonly env?: Readonly<Record<string, string>>;
 }
 
@@ -175,6 +183,7 @@ function nullBackEnd(frontEnd: string): BackEnd {
 export function allBackEnds(frontEnd: string): ReadonlyMap<string, BackEnd> {
   const list = [
     loopBackEnd("loop", false),
+    loopBackEnd("epoll", false, { about: " on epoll", words: ["--completion=epoll"] }),
     threadsBackEnd("threads", false),
     storageDaemonBackEnd("qsd-io_uring", "io_uring", false),
     storageDaemonBackEnd("qsd-threads", "threads", false),

@@ -112,6 +112,13 @@ export function allGroups({ modes, depths }: Choice): Group[] {
       each("write", poll, depths, { readPercent: 0 }),
     ),
     group(
+      "queue",
+      "4 KiB random reads, the loop on io_uring and on epoll",
+      "For hosts without io_uring. One arm at a time, because a disk is locked by who serves it.",
+      each("queue", modes, ends),
+      { arms: ["loop", "epoll", "threads"], alone: true },
+    ),
+    group(
       "half",
       "Half reads, half writes, 4 KiB random",
       "",

@@ -133,6 +133,15 @@ function againstThreads(asked: Asked): Wanted[] {
   ];
 }
 
+function onEpoll(asked: Asked): Wanted[] {
+  const work = "queue/poll/32";
+  const own = (arm: string) => asked.ratio(work, arm, "ops_per_second", "epoll");
+  return [
+    least("depth 32: ops/s on epoll, of those on io_uring", own("loop"), 0.5),
+    least("depth 32: ops/s on epoll, of threads", own("threads"), 1),
+  ];
+}
+
 function againstLimits(asked: Asked): Wanted[] {
   return [
     least(
@@ -187,7 +196,7 @@ function small(asked: Asked): Wanted[] {
 /** The list, with the figures of this run. */
 export function targetsOf(samples: readonly Sample[]): Target[] {
   const asked = new Asked(samples);
-  const lists = [polled, waited, atDepthOne, againstThreads, againstLimits, manyDisks, small];
+  const lists = [polled, waited, atDepthOne, againstThreads, againstLimits, manyDisks, small, onEpoll];
   return lists.flatMap((list, i) =>
     list(asked).map((wanted) => ({ number: i + 1, ...wanted, met: isMet(wanted) })),
   );

@@ -9,6 +9,7 @@
  */
 import { CommanderError, Option, Command as Parser } from "commander";
 import * as Effect from "effect/Effect";
+import type { Completion } from "../loop/completion-queue.ts";
 import { splitFileWords } from "./file-words.ts";
 import { type NetDescription, readTunnet } from "./tunnet.ts";
 import { UsageError } from "./usage-error.ts";
@@ -51,6 +52,8 @@ export interface ServedRng extends RngDescription {
 /** `loopguest [run]`: start one guest here. */
 export interface RunCommand {
   readonly _tag: "Run";
+  /** The completion queue of the event loop. */
+  readonly completion: Completion;
   /** In the order of vda, vdb, vdc … */
   readonly blocks: readonly BlockDescription[];
   /** In the order of eth0, eth1 … */
@@ -74,6 +77,7 @@ export interface RunCommand {
 /** `loopguest serve`: devices for another virtual machine monitor, at least one of them. */
 export interface ServeCommand {
   readonly _tag: "Serve";
+  readonly completion: Completion;
   readonly blocks: readonly ServedBlock[];
   readonly nets: readonly ServedNet[];
   readonly rngs: readonly ServedRng[];
@@ -201,6 +205,7 @@ Other commands:
 const toRun = (options: ParsedOptions, positionals: readonly string[]): RunCommand => {
   const command: RunCommand = {
     _tag: "Run",
+    completion: readCompletion(text(options, "completion")),
     blocks: list(options, "block").map((text) => readBlock(text)),
     nets: list(options, "tunnet").map((text) => readNet(text)),
     rng: readRng(text(options, "rng")),
@@ -280,6 +285,21 @@ const readHypervisor = (value: string | undefined): RunCommand["hypervisor"] => 
   }
 };
 
+const readCompletion = (value: string | undefined): Completion => {
+  switch (value) {
+    case undefined:
+      return "auto";
+    case "auto":
+    case "io_uring":
+    case "epoll":
+      return value;
+    default:
+      throw usage(
+        `--completion=${value}: there is no such completion queue; it can be auto, io_uring or epoll.`,
+      );
+  }
+};
+
 // ---- serve ----------------------------------------------------------------------------------------------
 
 const parseServe = (argv: readonly string[]): Command => {
@@ -339,7 +359,9 @@ const toServe = (options: ParsedOptions): ServeCommand => {
     ...(console === undefined ? [] : [{ what: "--console", socket: console.socket }]),
   ]);
   const stats = text(options, "stats");
-  return { _tag: "Serve", blocks, nets, rngs, console, stats, verbose: options.verbose === true };
+  const completion = readCompletion(text(options, "completion"));
+  const verbose = options.verbose === true;
+  return { _tag: "Serve", completion, blocks, nets, rngs, console, stats, verbose };
 };
 
 const blockWords = { plain: ["readonly", "direct"], withValue: ["socket"] };
@@ -472,8 +494,8 @@ type CommandName = "run" | "serve" | "doctor";
 
 /** Which command knows which option: for the message when one is given to the wrong command. */
 const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
-  run: ["block", "tunnet", "rng", "initrd", "hypervisor", "root", "exec", "stats", "verbose"],
-  serve: ["block", "tunnet", "rng", "console", "stats", "verbose"],
+  run: ["block", "tunnet", "rng", "initrd", "hypervisor", "root", "exec", "completion", "stats", "verbose"],
+  serve: ["block", "tunnet", "rng", "console", "completion", "stats", "verbose"],
   doctor: ["json"],
 };
 
@@ -506,6 +528,12 @@ const unmarkBare = (word: string): string => bareOptions.find((option) => word =
 
 const addCommonOptions = (parser: Parser): Parser =>
   parser
+    .addOption(
+      single(
+        "--completion <auto|io_uring|epoll>",
+        "how I/O completes; auto is io_uring, and epoll where that is missing or forbidden",
+      ),
+    )
     .addOption(
       single("--stats <FILE>", "counters as JSON lines, one a second and one at the end; - is stderr"),
     )

@@ -77,7 +77,7 @@ export const diagnose = (probes: Probes, host: Host = thisHost()): Effect.Effect
       checkKvm(host),
       checkTap(host),
     ];
-    const needed = findings.filter(({ name }) => ["io_uring", "uml", "shm"].includes(name));
+    const needed = findings.filter(({ name }) => ["uml", "shm"].includes(name));
     return { ready: needed.every(({ status }) => status !== "missing"), findings };
   });
 
@@ -109,12 +109,12 @@ const not = (status: "limited" | "missing", name: string, found: string, remedy:
 
 const checkIoUring = (reason: string | undefined): Finding =>
   reason === undefined
-    ? ok("io_uring", "works")
+    ? ok("io_uring", "works: it is the completion queue")
     : not(
-        "missing",
+        "limited",
         "io_uring",
-        reason,
-        "It needs Linux 5.13 or newer. In a container, allow it in the seccomp profile " +
+        `the completion queue is epoll, which is slower, because ${reason}`,
+        "io_uring needs Linux 5.13 or newer. In a container, allow it in the seccomp profile " +
           "(docker: --security-opt seccomp=...); on the host, sysctl kernel.io_uring_disabled has to be 0.",
       );
 

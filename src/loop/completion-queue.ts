@@ -28,6 +28,9 @@ export const WRITE_DSYNC = 2;
 /** `offset` for files that have no position (terminals, pipes, sockets, taps): read or write where they are. */
 export const NO_OFFSET = -1;
 
+/** Which queue to take: "auto" is io_uring, and epoll where that cannot be had. */
+export type Completion = "auto" | "io_uring" | "epoll";
+
 export interface QueueCounters {
   /** Operations handed to the kernel. */
   submitted: number;
@@ -49,7 +52,10 @@ export interface CompletionQueue {
   /** Addresses are host addresses; lengths and offsets bytes. The memory stays valid until the completion. */
   read(slot: Slot, fd: number, address: number, length: number, offset: number): void;
   write(slot: Slot, fd: number, address: number, length: number, offset: number, flags: number): void;
-  /** `iovecs` is the address of `count` struct iovec, which must stay until the completion. */
+  /**
+   * `iovecs` is the address of `count` pairs of 64-bit numbers, address and length, which must stay until the
+   * completion: struct iovec of a 64-bit host, on a 32-bit one too.
+   */
   readv(slot: Slot, fd: number, iovecs: number, count: number, offset: number): void;
   writev(slot: Slot, fd: number, iovecs: number, count: number, offset: number, flags: number): void;
   /** fdatasync(2): what completed writes wrote is on stable storage when this completes. */

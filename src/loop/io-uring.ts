@@ -125,6 +125,10 @@ export class IoUring implements CompletionQueue {
   readonly counters: QueueCounters = { submitted: 0, completed: 0, enters: 0 };
   working = 0;
   readonly fd: number;
+  /** Where the process sleeps: the ring's descriptor. */
+  get place(): number {
+    return this.fd;
+  }
   /** Addresses that the sleeping place in native-shim needs; the order of enum ring_word in sleep.c. */
   readonly words: Float64Array;
   /** The words shared with sleep.c: see CONTROL in native.ts. */

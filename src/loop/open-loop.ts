@@ -1,21 +1,24 @@
 /**
- * Opens the event loop of this process: an io_uring, the turn, and the place where the process sleeps.
+ * Opens the event loop of this process: a completion queue, the turn, and the place where the process sleeps.
  *
- * libuv goes on inside it: its poll set is watched by the ring, its timers bound the sleep, and every turn ends
+ * libuv goes on inside it: its poll set is watched by the queue, its timers bound the sleep, and every turn ends
  * in time for its phases (native-shim/sleep.c).
  */
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import { CONTROL, errnoName, native } from "../native.ts";
-import { POLL_IN } from "./completion-queue.ts";
+import { type Completion, POLL_IN } from "./completion-queue.ts";
 import { EventLoop, SIGNAL_AFTER_DEFAULT, SPIN_US_DEFAULT } from "./event-loop.ts";
-import { IoUring, IoUringUnavailable } from "./io-uring.ts";
+import { IoUringUnavailable } from "./io-uring.ts";
+import { openQueue, type SleepingQueue } from "./open-queue.ts";
 import type { LoopScheduler } from "./scheduler.ts";
 
 export interface OpenLoop {
   readonly loop: EventLoop;
   /** How often the process went to sleep so far. */
   readonly sleeps: () => number;
+  /** Why the queue is not io_uring although nobody asked for another. */
+  readonly whyNotIoUring: string | undefined;
 }
 
 export interface LoopTuning {
@@ -24,6 +27,8 @@ export interface LoopTuning {
   /** See LoopOptions. The defaults are what the bench found best. */
   readonly spinUs?: number;
   readonly signalAfter?: number;
+  /** Which completion queue; the default is "auto". */
+  readonly completion?: Completion;
 }
 
 /** Opens the loop; it ends with the scope. Members and operations must be gone by then. */
@@ -31,17 +36,17 @@ export function openLoop(
   scheduler: LoopScheduler,
   tuning: LoopTuning,
 ): Effect.Effect<OpenLoop, IoUringUnavailable, Scope.Scope> {
-  const openRing = Effect.try({
-    try: () => new IoUring(),
+  const open = Effect.try({
+    try: () => openQueue(tuning.completion ?? "auto"),
     catch: (error) => {
       if (error instanceof IoUringUnavailable) return error;
       throw error;
     },
   });
   return Effect.gen(function* () {
-    const ring = yield* Effect.acquireRelease(openRing, closeAfterTurn);
-    const { control } = ring;
-    const loop = new EventLoop(ring, scheduler, {
+    const { queue, whyNotIoUring } = yield* Effect.acquireRelease(open, closeAfterTurn);
+    const { control } = queue;
+    const loop = new EventLoop(queue, scheduler, {
       spinUs: tuning.cpus > 1 ? (tuning.spinUs ?? SPIN_US_DEFAULT) : 0,
       signalAfter: tuning.signalAfter ?? SIGNAL_AFTER_DEFAULT,
       wake: () => {
@@ -49,50 +54,50 @@ export function openLoop(
       },
     });
     yield* Effect.acquireRelease(
-      Effect.sync(() => sleepInRing(ring, loop)),
+      Effect.sync(() => sleepInQueue(queue, loop)),
       (stop) => Effect.sync(stop),
     );
-    return { loop, sleeps: () => control[CONTROL.SLEEPS] };
+    return { loop, sleeps: () => control[CONTROL.SLEEPS], whyNotIoUring };
   });
 }
 
-/** The scope may end in the middle of a turn, whose drain goes on reading the ring: closed once it is over. */
-function closeAfterTurn(ring: IoUring): Effect.Effect<void> {
+/** The scope may end in the middle of a turn, whose drain goes on reading the queue: closed once it is over. */
+function closeAfterTurn({ queue }: { readonly queue: SleepingQueue }): Effect.Effect<void> {
   return Effect.callback<void>((resume) => {
     setImmediate(() => {
-      ring.close();
+      queue.close();
       resume(Effect.void);
     });
   });
 }
 
-/** Connects ring, loop and native-shim's sleeping place; returns what takes them apart. */
-function sleepInRing(ring: IoUring, loop: EventLoop): () => void {
-  const { control } = ring;
+/** Connects queue, loop and native-shim's sleeping place; returns what takes them apart. */
+function sleepInQueue(queue: SleepingQueue, loop: EventLoop): () => void {
+  const { control } = queue;
   const libuvFd = native.backendFd();
   let libuvReady = false;
   let stopped = false;
-  const libuvSlot = ring.claim(() => {
+  const libuvSlot = queue.claim(() => {
     libuvReady = true;
     loop.yieldSoon();
   });
   // Single-shot, and armed anew after libuv had its turn: arming looks at the present state, so an event that
   // libuv left in its set (it bounds its own work) is not slept over. A multishot tells of new events only.
-  ring.poll(libuvSlot, libuvFd, POLL_IN);
+  queue.poll(libuvSlot, libuvFd, POLL_IN);
   const turn = (): void => {
     if (stopped) return;
     if (control[CONTROL.LAST_ERROR] !== 0) takeError(control);
     if (libuvReady) {
       libuvReady = false;
-      ring.poll(libuvSlot, libuvFd, POLL_IN);
+      queue.poll(libuvSlot, libuvFd, POLL_IN);
     }
     control[CONTROL.DIRTY] = 0;
     const more = loop.turn();
-    ring.publish();
+    queue.publish();
     control[CONTROL.LIBUV] = libuvReady ? 1 : 0;
-    control[CONTROL.DIRTY] = more || libuvReady || ring.hasBacklog ? 1 : 0;
+    control[CONTROL.DIRTY] = more || libuvReady || queue.hasBacklog ? 1 : 0;
   };
-  const sleeper = native.sleepStart(ring.fd, ring.words, turn);
+  const sleeper = native.sleepStart(queue.place, queue.words, turn);
   loop.scheduler.attach(loop.wake);
   return () => {
     stopped = true;
@@ -101,9 +106,9 @@ function sleepInRing(ring: IoUring, loop: EventLoop): () => void {
   };
 }
 
-/** The sleeping io_uring_enter failed. EAGAIN and EBUSY say: take completions first, as the turn does. */
+/** The sleeping system call failed. EAGAIN and EBUSY say: take completions first, as the turn does. */
 function takeError(control: Uint32Array): void {
   const name = errnoName(control[CONTROL.LAST_ERROR]);
   control[CONTROL.LAST_ERROR] = 0;
-  if (name !== "EAGAIN" && name !== "EBUSY") throw new Error(`io_uring_enter failed with ${name}`);
+  if (name !== "EAGAIN" && name !== "EBUSY") throw new Error(`waiting for completions failed with ${name}`);
 }

@@ -42,6 +42,7 @@ const help = (...argv: string[]): string => {
 test("nothing at all is the default guest", (t) => {
   t.deepEqual(run(), {
     _tag: "Run",
+    completion: "auto",
     blocks: [],
     nets: [],
     rng: undefined,
@@ -59,9 +60,10 @@ test("nothing at all is the default guest", (t) => {
 
 test("every option of run arrives in its field", (t) => {
   const argv =
-    "-v --hypervisor=uml --block=a.img --block=b.img,direct,readonly --initrd=i.cpio --stats=- --rng";
+    "-v --completion=epoll --hypervisor=uml --block=a.img --block=b.img,direct,readonly --initrd=i.cpio --stats=- --rng";
   t.deepEqual(run(...argv.split(" "), "64", "vmlinux", "root=/dev/vda", "--verbose"), {
     _tag: "Run",
+    completion: "epoll",
     blocks: [
       { file: "a.img", readonly: false, direct: false },
       { file: "b.img", readonly: true, direct: true },
@@ -187,6 +189,7 @@ test("serve describes disks and a console at sockets of their own", (t) => {
     serve("--block=a,socket=/run/a", "--block=b,readonly,socket=b.sock", "--console=socket=/run/c", "-v"),
     {
       _tag: "Serve",
+      completion: "auto",
       blocks: [
         { file: "a", readonly: false, direct: false, socket: "/run/a" },
         { file: "b", readonly: true, direct: false, socket: "b.sock" },

@@ -53,12 +53,14 @@ test("a host that has everything is ready and nothing is left to do", (t) => {
     t.deepEqual([name, status, remedy], [name, "ok", undefined]);
 });
 
-test("without io_uring nothing starts, and the reason is passed on", (t) => {
+test("without io_uring the queue is epoll, and the reason is passed on", (t) => {
   const broken: Probes = { ...probes, ioUring: () => "io_uring_setup: EPERM" };
-  t.false(report(broken, host()).ready);
+  t.true(report(broken, host()).ready);
   const { status, found, remedy } = finding("io_uring", host(), broken);
-  t.deepEqual([status, found], ["missing", "io_uring_setup: EPERM"]);
+  t.is(status, "limited");
+  t.regex(found, /epoll.*io_uring_setup: EPERM/);
   t.regex(remedy ?? "", /seccomp.*io_uring_disabled/);
+  t.regex(finding("io_uring", host()).found, /it is the completion queue/);
 });
 
 test("a kernel that is not here yet is fetched where apt-get and dpkg are", (t) => {

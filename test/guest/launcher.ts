@@ -52,6 +52,8 @@ export interface LaunchOptions {
   /** `nothing` is /dev/null, `closed` no descriptor at all; default `nothing`. */
   readonly stdin?: "pipe" | "nothing" | "closed";
   readonly env?: Readonly<Record<string, string>>;
+  /** A command that becomes the launcher: it gets the launcher's words behind its own. */
+  readonly through?: readonly string[];
   /** Run as this user and group; only root can. */
   readonly uid?: number;
   /** Called with each piece of stdout, which is then not kept. */
@@ -87,6 +89,7 @@ export const launch = (
     "--pdeathsig=KILL",
     "--",
     ...close,
+    ...(options.through ?? []),
     process.execPath,
     "--import=tsx",
     "src/main.ts",

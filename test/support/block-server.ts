@@ -9,6 +9,7 @@ import { LoopScheduler } from "../../src/loop/scheduler.ts";
 import { check, native } from "../../src/native.ts";
 import { listen, type VhostUserServer } from "../../src/transport/vhost-user/server.ts";
 import { BlockDriver, F, FrontEnd } from "./front-end.ts";
+import { queueUnderTest } from "./queue-under-test.ts";
 import { eventually, scratchFolder, type TestLoop } from "./test-loop.ts";
 
 export interface Served extends TestLoop {
@@ -52,7 +53,7 @@ export async function withBlockServer(
   const scheduler = new LoopScheduler();
   const reports: string[] = [];
   const program = Effect.gen(function* () {
-    const open = yield* openLoop(scheduler, { cpus: 1 });
+    const open = yield* openLoop(scheduler, { cpus: 1, completion: queueUnderTest() });
     const { loop } = open;
     const disk = yield* openDisk(loop, { file, readonly: options.readonly ?? false, direct: false });
     const device = new BlockDevice("vda", disk);

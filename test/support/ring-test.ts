@@ -1,16 +1,23 @@
-/** Tests of what needs io_uring. */
-import test from "ava";
+/** Tests of what runs on a completion queue: each runs on io_uring and on epoll. */
+import test, { type ExecutionContext } from "ava";
 import { probeIoUring } from "../../src/loop/io-uring.ts";
+import { type QueueName, setQueueUnderTest } from "./queue-under-test.ts";
 
 const unavailable = probeIoUring();
 if (unavailable !== undefined) {
   if (process.env.CI === "true") test("io_uring can be had", (t) => t.fail(unavailable.message));
-  else console.error(`skipped: ${unavailable.message}`);
+  else console.error(`only on epoll: ${unavailable.message}`);
 }
 
 /**
- * `test.serial` where io_uring can be had, else its `skip`; with CI=true a missing io_uring fails. Serial,
- * because the tests of one file share the process, its sleeping place and its table of descriptors.
+ * Makes two tests of one, serial, because the tests of one file share the process, its sleeping place and its table of
+ * descriptors. Where io_uring cannot be had its half is left out; with CI=true it fails.
  */
-export const ringTest =
-  unavailable === undefined || process.env.CI === "true" ? test.serial : test.serial.skip;
+export function ringTest(title: string, body: (t: ExecutionContext) => Promise<void> | void): void {
+  const on = (name: QueueName) => async (t: ExecutionContext) => {
+    setQueueUnderTest(name);
+    await body(t);
+  };
+  if (unavailable === undefined || process.env.CI === "true") test.serial(title, on("io_uring"));
+  test.serial(`${title} (epoll)`, on("epoll"));
+}

@@ -9,6 +9,7 @@ import * as Effect from "effect/Effect";
 import { type OpenLoop, openLoop } from "../../src/loop/open-loop.ts";
 import { LoopScheduler } from "../../src/loop/scheduler.ts";
 import { native } from "../../src/native.ts";
+import { queueUnderTest } from "./queue-under-test.ts";
 
 export interface TestLoop extends OpenLoop {
   readonly scheduler: LoopScheduler;
@@ -18,7 +19,7 @@ export interface TestLoop extends OpenLoop {
 export function withLoop<A>(body: (open: TestLoop) => Promise<A>, cpus = os.availableParallelism()) {
   const scheduler = new LoopScheduler();
   const program = Effect.gen(function* () {
-    const open = yield* openLoop(scheduler, { cpus });
+    const open = yield* openLoop(scheduler, { cpus, completion: queueUnderTest() });
     return yield* Effect.promise(() => body({ ...open, scheduler }));
   });
   return Effect.runPromise(Effect.scoped(program), { scheduler });

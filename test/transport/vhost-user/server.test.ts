@@ -11,6 +11,7 @@ import { LoopScheduler } from "../../../src/loop/scheduler.ts";
 import { check, ERRNO, native } from "../../../src/native.ts";
 import { listen, SocketError } from "../../../src/transport/vhost-user/server.ts";
 import { FrontEnd } from "../../support/front-end.ts";
+import { queueUnderTest } from "../../support/queue-under-test.ts";
 import { ringTest } from "../../support/ring-test.ts";
 import { openDescriptors, scratchFolder } from "../../support/test-loop.ts";
 
@@ -22,7 +23,7 @@ function listening(t: ExecutionContext, paths: readonly string[], body: () => Pr
   const file = path.join(folder.path, "disk");
   fs.writeFileSync(file, new Uint8Array(4096));
   const program = Effect.gen(function* () {
-    const { loop } = yield* openLoop(scheduler, { cpus: 1 });
+    const { loop } = yield* openLoop(scheduler, { cpus: 1, completion: queueUnderTest() });
     const disk = yield* openDisk(loop, { file, readonly: false, direct: false });
     const device = new BlockDevice("vda", disk);
     for (const each of paths)
