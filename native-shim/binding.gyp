@@ -24,6 +24,13 @@
       "type": "executable",
       "sources": ["uml-keeper.c"],
       "ldflags": ["-static"]
+    },
+    {
+      # Preloaded into UML: CPUs with more registers than it knows.
+      "target_name": "uml-registers",
+      "type": "shared_library",
+      "product_prefix": "",
+      "sources": ["uml-registers.c"]
     }
   ]
 }

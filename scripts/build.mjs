@@ -8,7 +8,7 @@ import { build } from "esbuild";
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const dist = resolve(process.argv[2] ?? join(root, "dist"));
 const release = join(root, "native-shim/build/Release");
-const artefacts = ["loopguest_native.node", "guest-init", "uml-keeper"];
+const artefacts = ["loopguest_native.node", "guest-init", "uml-keeper", "uml-registers.so"];
 
 const missing = artefacts.filter((name) => !existsSync(join(release, name)));
 if (missing.length > 0) {

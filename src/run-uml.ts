@@ -2,7 +2,7 @@
 import * as fs from "node:fs";
 import { join, resolve } from "node:path";
 import * as Effect from "effect/Effect";
-import { guestInitPath, umlKeeperPath } from "./boot/files.ts";
+import { guestInitPath, umlKeeperPath, umlRegistersPath } from "./boot/files.ts";
 import { buildInitramfs, defaultGuestModules, hostfsRoot } from "./boot/initramfs.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { STDIN } from "./consoles.ts";
@@ -51,6 +51,7 @@ function launch(
       memoryMiB: command.memoryMiB,
       runDir,
       keeper: umlKeeperPath(),
+      registersLibrary: umlRegistersPath(),
       devices: sockets,
       connections: () => servers.reduce((sum, server) => sum + server.connections(), 0),
       onStartAgain: (why) => services.reporter.report(`${why}; it is started again`),

@@ -1,4 +1,4 @@
-/** Where the two small programs are that native-shim builds besides the addon. */
+/** Where the small programs are that native-shim builds besides the addon. */
 import { artefactPath } from "../native.ts";
 
 /**
@@ -14,3 +14,10 @@ export const guestInitPath = (): string => artefactPath("guest-init");
  * @throws Error when native-shim is not built
  */
 export const umlKeeperPath = (): string => artefactPath("uml-keeper");
+
+/**
+ * What an older User-Mode Linux is preloaded with (native-shim/uml-registers.c).
+ *
+ * @throws Error when native-shim is not built
+ */
+export const umlRegistersPath = (): string => artefactPath("uml-registers.so");

@@ -32,6 +32,8 @@ export interface UmlOptions {
   readonly memoryMiB: number;
   /** A folder of the guest's own, from {@link makeRunDir}. */
   readonly runDir: string;
+  /** uml-registers.so, which lets an older UML run on CPUs with AMX; a UML that is linked statically ignores it. */
+  readonly registersLibrary?: string;
   /** The uml-keeper binary. */
   readonly keeper: string;
   /** In the order in which the guest finds them. **Somebody has to listen already**: UML spins till answered. */
@@ -225,7 +227,7 @@ const launch = (
       // The lifeline, the guest's console, the keeper's own stderr (it has nothing to say there), its report, the
       // terminal.
       stdio: ["pipe", "pipe", "ignore", "pipe", options.terminalFd ?? "ignore"],
-      env: { ...(options.env ?? process.env), TMPDIR: memoryFolder },
+      env: guestEnvironment(options, memoryFolder),
     });
     child.on("error", (error) => {
       resume(fail(`cannot start ${options.keeper}: ${error.message}. Is native-shim built (npm ci)?`));
@@ -235,6 +237,12 @@ const launch = (
 
 /** The keeper's line on the guest's console, behind the last of a guest that aborted. */
 const END_OF_LIFE = "uml-keeper: end of life";
+
+function guestEnvironment(options: UmlOptions, memoryFolder: string): NodeJS.ProcessEnv {
+  const { env = process.env, registersLibrary } = options;
+  const preload = registersLibrary === undefined ? {} : { LD_PRELOAD: registersLibrary };
+  return { ...env, TMPDIR: memoryFolder, ...preload };
+}
 
 /** Follows a keeper that runs. */
 function watch(child: ChildProcess, options: UmlOptions, lives: Lives): UmlGuest {

@@ -4,7 +4,7 @@ import { join } from "node:path";
 import type { ExecutionContext } from "ava";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
-import { guestInitPath, umlKeeperPath } from "../../src/boot/files.ts";
+import { guestInitPath, umlKeeperPath, umlRegistersPath } from "../../src/boot/files.ts";
 import {
   buildInitramfs,
   defaultGuestModules,
@@ -65,6 +65,7 @@ export const startTestGuest = (
     const guest = yield* startUml({
       kernel: kernel.path,
       keeper: umlKeeperPath(),
+      registersLibrary: umlRegistersPath(),
       memoryMiB,
       runDir,
       args: options.args ?? [],

@@ -16,7 +16,7 @@ import { fileURLToPath } from "node:url";
 import test, { type ExecutionContext } from "ava";
 import * as Effect from "effect/Effect";
 import { build } from "esbuild";
-import { guestInitPath, umlKeeperPath } from "../../src/boot/files.ts";
+import { guestInitPath, umlKeeperPath, umlRegistersPath } from "../../src/boot/files.ts";
 import { hostfsRoot } from "../../src/boot/initramfs.ts";
 import type { GuestExit } from "../../src/hypervisor/hypervisor.ts";
 import { explain, isNoexec, makeRunDir, startUml, UmlError } from "../../src/hypervisor/uml.ts";
@@ -317,6 +317,7 @@ test("a kernel that is not there ends as failed-to-start, with its name", async 
         const guest = yield* startUml({
           kernel: "/nonexistent/linux",
           keeper: umlKeeperPath(),
+          registersLibrary: umlRegistersPath(),
           memoryMiB: 64,
           runDir,
         });
