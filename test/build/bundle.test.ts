@@ -24,7 +24,14 @@ function built(t: ExecutionContext): string {
   t.is(result.status, 0, result.stderr);
   const apart = join(folder, "apart");
   mkdirSync(apart);
-  for (const name of ["loopguest.js", "loopguest_native.node", "guest-init", "uml-keeper", "package.json"]) {
+  for (const name of [
+    "loopguest.js",
+    "loopguest_native.node",
+    "guest-init",
+    "uml-keeper",
+    "uml-registers.so",
+    "package.json",
+  ]) {
     cpSync(join(folder, name), join(apart, name));
   }
   return join(apart, "loopguest.js");

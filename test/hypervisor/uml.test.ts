@@ -253,7 +253,12 @@ async function launch(t: ExecutionContext, exec: string, user?: { id: number; ho
     platform: "node",
     format: "esm",
   });
-  for (const path of [guestInitPath(), umlKeeperPath(), artefactPath("loopguest_native.node")]) {
+  for (const path of [
+    guestInitPath(),
+    umlKeeperPath(),
+    umlRegistersPath(),
+    artefactPath("loopguest_native.node"),
+  ]) {
     copyFileSync(path, join(folder, basename(path)));
   }
   return spawn(process.execPath, [bundle, exec], {
