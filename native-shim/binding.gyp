@@ -15,7 +15,7 @@
       # The first process of the default guest; static, because the guest's root may hold no libc of ours.
       "target_name": "guest-init",
       "type": "executable",
-      "sources": ["guest-init.c"],
+      "sources": ["guest-init.c", "guest-net.c"],
       "ldflags": ["-static"]
     },
     {

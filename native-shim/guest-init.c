@@ -21,6 +21,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include "guest-net.h"
+
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -49,7 +51,7 @@
 enum { DEVICE_WAIT_MS = 10000 };
 /* How long processes may take to end after SIGTERM, and again after SIGKILL. */
 enum { END_WAIT_MS = 2000 };
-enum { MODULES_MAX = 128 };
+enum { MODULES_MAX = 128, CARDS_MAX = 64 };
 /* The virtio console driver sends at most this much in one buffer. */
 enum { PUMP_BYTES = 32 * 1024 };
 
@@ -59,6 +61,8 @@ enum { PUMP_BYTES = 32 * 1024 };
 static struct {
 	char *modules[MODULES_MAX];
 	int module_count;
+	char *cards[CARDS_MAX];				/* see guest-net.h */
+	int card_count;
 	char *root_fstype, *root_source, *root_options; /* as for mount(2) */
 	bool overlay;					/* else the root is written through */
 	char *root_name;				/* what the welcome calls it */
@@ -207,6 +211,10 @@ static void set_option(char *key, char *value)
 		if (config.module_count == MODULES_MAX)
 			fail("/loopguest/config names more than %d modules", MODULES_MAX);
 		config.modules[config.module_count++] = value;
+	} else if (!strcmp(key, "net")) {
+		if (config.card_count == CARDS_MAX)
+			fail("/loopguest/config names more than %d network cards", CARDS_MAX);
+		config.cards[config.card_count++] = value;
 	} else if (!strcmp(key, "root-fstype")) {
 		config.root_fstype = value;
 	} else if (!strcmp(key, "root-source")) {
@@ -610,6 +618,14 @@ static void bring_up_loopback(void)
 		close(fd);
 }
 
+static void bring_up_cards(void)
+{
+	static const struct net_voice voice = { say, trace };
+
+	for (int i = 0; i < config.card_count; i++)
+		net_bring_up(config.cards[i], "/run/loopguest/resolv.conf", config.overlay, &voice);
+}
+
 /* The links that programs and shells expect in /dev, which devtmpfs does not make. */
 static void link_stdio_nodes(void)
 {
@@ -650,6 +666,7 @@ static void prepare_default_guest(void)
 	link_stdio_nodes();
 	install_tools();
 	bring_up_loopback();
+	bring_up_cards();
 	if (sethostname(config.hostname, strlen(config.hostname)) < 0)
 		trace("cannot set the host name %s: %s", config.hostname, strerror(errno));
 	set_environment();

@@ -2,9 +2,10 @@
 import * as fs from "node:fs";
 import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
-import type { GuestConfig } from "./boot/initramfs.ts";
+import type { GuestConfig, GuestNet } from "./boot/initramfs.ts";
 import { type LoadedModule, readModule, resolveModules } from "./boot/modules.ts";
-import type { RunCommand } from "./cli/command-line.ts";
+import type { NetDescription, RunCommand } from "./cli/command-line.ts";
+import { ipText, neighbour, parseIp } from "./device/ip-address.ts";
 import type { Services } from "./devices.ts";
 import { RunError } from "./run-error.ts";
 
@@ -40,16 +41,29 @@ export function guestConfig(command: RunCommand, root: GuestConfig["root"]): Gue
     ...(process.env.SHELL === undefined ? {} : { shell: process.env.SHELL }),
     ...(exec === undefined ? {} : { exec }),
     env,
+    nets: command.nets.map(guestNet),
     verbose: command.verbose,
   };
+}
+
+/** The guest's end of a network card: the address after the host's, which is its gateway, or what DHCP says. */
+function guestNet({ host }: NetDescription): GuestNet {
+  if (host.kind === "user") return { kind: "dhcp" };
+  const own = host.kind === "address" ? parseIp(host.address) : undefined;
+  if (host.kind !== "address" || own === undefined) return { kind: "auto" };
+  const { address, prefix } = host;
+  return { kind: "static", address: ipText(neighbour(own, prefix)), prefix, gateway: address };
 }
 
 /** The driver of the entropy device, which a guest can do without: Debian's User-Mode Linux has none. */
 const RNG_DRIVER = "virtio_rng";
 
+/** A module in some kernels; in others built in, or left out. */
+const IPV6 = "ipv6";
+
 /**
- * The modules of `wanted`, and the entropy device's if there is one, that this kernel does not have built in, in the
- * order of loading.
+ * The modules of `wanted`, and those that the devices would like, that this kernel does not have built in, in the order
+ * of loading.
  */
 export function loadModules(
   services: Services,
@@ -60,10 +74,13 @@ export function loadModules(
   return Effect.gen(function* () {
     // A kernel without a modules folder has what it needs built in, or says itself what it misses.
     if (kernel.modules === undefined) return [] as LoadedModule[];
-    const all = command.rng === undefined ? wanted : [...wanted, RNG_DRIVER];
-    const resolved = yield* resolveModules(kernel.modules, all);
-    const missing = resolved.missing.filter((name) => name !== RNG_DRIVER);
-    if (missing.length < resolved.missing.length) {
+    const optional = [
+      ...(command.rng === undefined ? [] : [RNG_DRIVER]),
+      ...(command.nets.length === 0 ? [] : [IPV6]),
+    ];
+    const resolved = yield* resolveModules(kernel.modules, [...wanted, ...optional]);
+    const missing = resolved.missing.filter((name) => !optional.includes(name));
+    if (resolved.missing.includes(RNG_DRIVER)) {
       services.reporter.report(`--rng: the kernel ${kernel.path} has no driver for it (HW_RANDOM_VIRTIO)`);
     }
     if (missing.length > 0) {

@@ -54,7 +54,8 @@ async function bundle(): Promise<string> {
     format: "cjs",
     target: "node18",
     minifySyntax: true,
-    define: { "import.meta.dirname": "__dirname" },
+    banner: { js: "const importMetaUrl = require('node:url').pathToFileURL(__filename).href;" },
+    define: { "import.meta.url": "importMetaUrl" },
     logLevel: "warning",
   });
   copyFileSync(ADDON, join(unfinished, "loopguest_native.node"));

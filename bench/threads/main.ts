@@ -8,7 +8,8 @@
  * The main thread answers the front-ends' messages (front-end.ts); a thread serves a queue (queue-thread.ts).
  */
 import * as fs from "node:fs";
-import { basename, join } from "node:path";
+import { basename } from "node:path";
+import { fileURLToPath } from "node:url";
 import * as Effect from "effect/Effect";
 import { BlockDevice } from "../../src/device/block.ts";
 import { ConsoleDevice } from "../../src/device/console.ts";
@@ -21,7 +22,7 @@ import { waitReady } from "../../src/loop/waiting.ts";
 import { check, native } from "../../src/native.ts";
 import { FrontEnd, type FrontEndOptions, type WaitReadable } from "./front-end.ts";
 
-const threadProgram = join(import.meta.dirname, "queue-thread.js");
+const threadProgram = fileURLToPath(new URL("./queue-thread.js", import.meta.url));
 const scheduler = new LoopScheduler();
 const sockets: string[] = [];
 const connected = new Set<FrontEnd>();

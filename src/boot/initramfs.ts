@@ -54,6 +54,14 @@ export const hostfsRoot = (dir: string, access: GuestRoot["access"]): GuestRoot 
   name: dir,
 });
 
+/**
+ * How the guest brings a network card up: with an address; by DHCP, whose answer it waits for; or by DHCP if somebody
+ * answers, which it does not wait for.
+ */
+export type GuestNet =
+  | { readonly kind: "static"; readonly address: string; readonly prefix: number; readonly gateway: string }
+  | { readonly kind: "dhcp" | "auto" };
+
 /** What the guest is told. Each text but `exec` and `env` fits a line. */
 export interface GuestConfig {
   readonly root: GuestRoot;
@@ -76,6 +84,8 @@ export interface GuestConfig {
   readonly execIo?: "ports" | "console";
   /** Added to PATH, HOME, TERM, USER and LOGNAME, which have defaults. */
   readonly env?: Readonly<Record<string, string>>;
+  /** Network cards in the order of eth0, eth1 …, each brought up. */
+  readonly nets?: ReadonlyArray<GuestNet>;
   /** Say each step on the kernel's console. */
   readonly verbose?: boolean;
 }
@@ -148,6 +158,7 @@ function configText(config: GuestConfig, modulePaths: ReadonlyArray<string>): st
     ["shell", config.shell],
     ["cwd", config.cwd],
     ["exec-io", config.execIo],
+    ...(config.nets ?? []).map((net, i) => ["net", netText(net, i)] as const),
     ["verbose", config.verbose ? "1" : undefined],
   ];
   return lines
@@ -161,6 +172,11 @@ function configText(config: GuestConfig, modulePaths: ReadonlyArray<string>): st
     })
     .join("");
 }
+
+const netText = (net: GuestNet, index: number): string =>
+  net.kind === "static"
+    ? `eth${index} static ${net.address}/${net.prefix} ${net.gateway}`
+    : `eth${index} ${net.kind}`;
 
 function environmentText(env: Readonly<Record<string, string>>): string {
   return Object.entries(env)

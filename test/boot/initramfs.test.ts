@@ -37,6 +37,23 @@ test("the modules are named in the order of loading", (t) => {
   );
 });
 
+test("network cards are told in their order, each with how it comes up", (t) => {
+  const lines = build({
+    nets: [
+      { kind: "static", address: "10.0.0.2", prefix: 8, gateway: "10.0.0.1" },
+      { kind: "auto" },
+      { kind: "dhcp" },
+    ],
+  })
+    .get("loopguest/config")!
+    .data.toString()
+    .split("\n");
+  t.deepEqual(
+    lines.filter((line) => line.startsWith("net=")),
+    ["net=eth0 static 10.0.0.2/8 10.0.0.1", "net=eth1 auto", "net=eth2 dhcp"],
+  );
+});
+
 test("the configuration has a line for what is set, and none for what is not", (t) => {
   const lines = build({ root: hostfsRoot("/srv/a b=c", "rw"), memoryMiB: 256, shell: "/bin/zsh" })
     .get("loopguest/config")!

@@ -7,7 +7,6 @@ import { createHash, randomBytes } from "node:crypto";
 import * as fs from "node:fs";
 import * as path from "node:path";
 import type { ExecutionContext } from "ava";
-import { cacheFolder } from "../../src/hypervisor/uml-kernel.ts";
 import {
   checkout,
   descendants,
@@ -19,8 +18,8 @@ import {
   remainingFolders,
   runFolders,
   runLauncher,
-  umlKernel,
 } from "./launcher.ts";
+import { ordinaryUser } from "./ordinary-user.ts";
 import { findOnPath } from "./prerequisites.ts";
 
 const test = await guestTest(["busybox", "busybox-static"], ["setpriv", "util-linux"]);
@@ -46,25 +45,9 @@ test("the command's status is the launcher's, and stdout holds nothing else", as
   t.is(ended.stderr, "");
 });
 
-/** An ordinary user: this one, or as root a number that nobody has, with a home and the kernel of ours. */
-const ordinaryUser = async (folder: string): Promise<{ uid: number; home: string }> => {
-  const own = process.getuid!();
-  const uid = own === 0 ? 54321 : own;
-  const home = path.join(folder, "home");
-  const cache = path.join(home, "cache/loopguest");
-  fs.mkdirSync(cache, { recursive: true });
-  const kernel = (await umlKernel()).path;
-  // …/loopguest/user-mode-linux/usr/bin/linux.uml; one that is installed is everybody's already.
-  const [ours] = path.relative(cacheFolder(), kernel).split("/");
-  if (ours !== "..") fs.cpSync(path.join(cacheFolder(), ours), path.join(cache, ours), { recursive: true });
-  fs.chmodSync(folder, 0o755);
-  if (own === 0) spawnSync("chown", ["-R", `${uid}:${uid}`, home]);
-  return { uid, home };
-};
-
 test("an ordinary user gets the same, with the rights of that user", async (t) => {
   const folder = makeFolder(t);
-  const { uid, home } = await ordinaryUser(folder);
+  const { uid, home, options } = await ordinaryUser(folder);
   const secret = path.join(folder, "secret");
   fs.writeFileSync(secret, "of the one who runs the tests", {
     mode: uid === process.getuid!() ? 0o000 : 0o600,
@@ -81,10 +64,7 @@ test("an ordinary user gets the same, with the rights of that user", async (t) =
   t.is(probe.status, 0, `the user ${uid} cannot read ${checkout} or run ${process.execPath}`);
 
   const command = `uname -sr; echo $HOME; echo made >${home}/made; cat ${home}/made; cat ${secret}; exit 7`;
-  const ended = await runLauncher(t, [`--exec=${command}`], {
-    ...(process.getuid!() === 0 ? { uid } : {}),
-    env: { HOME: home, XDG_CACHE_HOME: path.join(home, "cache"), TMPDIR: home },
-  });
+  const ended = await runLauncher(t, [`--exec=${command}`], options);
   t.is(ended.status, 7, ended.stderr);
   t.regex(ended.stdout, /^Linux 6\.1\S*\n/);
   t.deepEqual(lines(ended.stdout).slice(1), [home, "made"]);

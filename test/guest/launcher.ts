@@ -56,6 +56,8 @@ export interface LaunchOptions {
   readonly through?: readonly string[];
   /** Run as this user and group; only root can. */
   readonly uid?: number;
+  /** A command that becomes the launcher, before any change of user: to enter a namespace. */
+  readonly prefix?: readonly string[];
   /** Called with each piece of stdout, which is then not kept. */
   readonly onStdout?: (bytes: Buffer) => void;
 }
@@ -85,6 +87,8 @@ export const launch = (
   const user = options.uid === undefined ? [] : asUser(options.uid);
   const close = options.stdin === "closed" ? ["sh", "-c", 'exec "$@" <&-', "sh"] : [];
   const words = [
+    ...(options.prefix ?? []),
+    "setpriv",
     ...user,
     "--pdeathsig=KILL",
     "--",
@@ -94,7 +98,7 @@ export const launch = (
     "--import=tsx",
     "src/main.ts",
   ];
-  const child = spawn("setpriv", [...words, ...args], {
+  const child = spawn(words[0], [...words.slice(1), ...args], {
     cwd: checkout,
     stdio: [options.stdin === "pipe" ? "pipe" : "ignore", "pipe", "pipe"],
     env: { ...process.env, ...options.env },
