@@ -39,7 +39,8 @@ export function openBlock(
   index: number,
 ): Effect.Effect<BlockDevice, DiskError, Scope.Scope> {
   const disk = openDisk(services.opened.loop, { ...block, file: resolve(block.file) });
-  return Effect.map(disk, (opened) => new BlockDevice(diskName(index), opened, services.reporter.trace));
+  const { trace } = services.reporter;
+  return Effect.map(disk, (opened) => new BlockDevice(diskName(index), opened, trace, block.queues));
 }
 
 /** "rng", and "rng1", "rng2" … for those behind it. */

@@ -10,7 +10,7 @@
 import { CommanderError, Option, Command as Parser } from "commander";
 import * as Effect from "effect/Effect";
 import type { Completion } from "../loop/completion-queue.ts";
-import { splitFileWords } from "./file-words.ts";
+import { type FileWords, splitFileWords } from "./file-words.ts";
 import { type NetDescription, readTunnet } from "./tunnet.ts";
 import { UsageError } from "./usage-error.ts";
 
@@ -23,6 +23,8 @@ export interface BlockDescription {
   readonly readonly: boolean;
   /** Bypass the page cache (O_DIRECT). */
   readonly direct: boolean;
+  /** Request queues: a guest with several CPUs can use one on each. */
+  readonly queues: number;
 }
 
 /** A disk that `serve` offers at a vhost-user socket. */
@@ -157,7 +159,7 @@ const parseRun = (argv: readonly string[]): Command => {
   const parser = makeParser("loopguest", "Launch a Linux guest whose devices are served from one event loop.")
     .usage("[run] [options] [<memory-MiB> <kernel> [kernel arguments...]]")
     .passThroughOptions()
-    .addOption(repeated("--block <FILE[,readonly][,direct]>", "a disk; repeat for vdb, vdc ..."))
+    .addOption(repeated("--block <FILE[,readonly][,direct][,queues=N]>", "a disk; repeat for vdb, vdc ..."))
     .addOption(
       repeated(
         "--tunnet <IP|bridge:NAME|tap:NAME|user>",
@@ -311,7 +313,10 @@ const parseServe = (argv: readonly string[]): Command => {
       "[--block=FILE,socket=PATH]... [--tunnet=...,socket=PATH]... [--rng=socket=PATH]... [--console=socket=PATH] [options]",
     )
     .addOption(
-      repeated("--block <FILE,socket=PATH[,readonly][,direct]>", "a disk at its own socket; repeat for more"),
+      repeated(
+        "--block <FILE,socket=PATH[,readonly][,direct][,queues=N]>",
+        "a disk at its own socket; repeat for more",
+      ),
     )
     .addOption(
       repeated("--tunnet <...,socket=PATH>", "a network card at its own socket: as of run, with socket=PATH"),
@@ -364,26 +369,37 @@ const toServe = (options: ParsedOptions): ServeCommand => {
   return { _tag: "Serve", completion, blocks, nets, rngs, console, stats, verbose };
 };
 
-const blockWords = { plain: ["readonly", "direct"], withValue: ["socket"] };
+const blockWords = { plain: ["readonly", "direct"], withValue: ["queues", "socket"] };
+
+/** More than a guest of today has CPUs, and each costs memory. */
+const blockQueuesMax = 64;
+
+const describeBlock = (value: string, { file, words }: FileWords): BlockDescription => {
+  const queues = words.get("queues") ?? "1";
+  if (!/^[1-9][0-9]?$/.test(queues) || Number(queues) > blockQueuesMax) {
+    throw usage(`--block=${value}: "queues=" takes a number from 1 to ${blockQueuesMax}.`);
+  }
+  return { file, readonly: words.has("readonly"), direct: words.has("direct"), queues: Number(queues) };
+};
 
 const readBlock = (value: string): BlockDescription => {
-  const { file, words } = splitFileWords("--block", value, blockWords);
-  if (words.has("socket")) {
+  const parts = splitFileWords("--block", value, blockWords);
+  if (parts.words.has("socket")) {
     throw usage(`--block=${value}: "socket=" belongs to loopguest serve; a guest started here needs none.`);
   }
-  return { file, readonly: words.has("readonly"), direct: words.has("direct") };
+  return describeBlock(value, parts);
 };
 
 const readServedBlock = (value: string): ServedBlock => {
-  const { file, words } = splitFileWords("--block", value, blockWords);
-  const socket = words.get("socket");
+  const parts = splitFileWords("--block", value, blockWords);
+  const socket = parts.words.get("socket");
   if (socket === undefined) {
     throw usage(
       `--block=${value}: the socket is missing. Write --block=FILE,socket=PATH; PATH has no comma in it.`,
     );
   }
   checkSocketPath(`--block=${value}`, socket);
-  return { file, readonly: words.has("readonly"), direct: words.has("direct"), socket };
+  return { ...describeBlock(value, parts), socket };
 };
 
 const readNet = (value: string): NetDescription => {

@@ -28,6 +28,7 @@ export const BLK_F_RO = bit(5);
 export const BLK_F_BLK_SIZE = bit(6);
 export const BLK_F_FLUSH = bit(9);
 export const BLK_F_TOPOLOGY = bit(10);
+export const BLK_F_MQ = bit(12);
 export const BLK_F_DISCARD = bit(13);
 export const BLK_F_WRITE_ZEROES = bit(14);
 
@@ -76,7 +77,7 @@ export class BlockDevice implements VirtioDevice {
   readonly id = DEVICE_ID.BLOCK;
   readonly name: string;
   readonly features: bigint;
-  readonly queueCount = 1;
+  readonly queueCount: number;
   readonly disk: DiskFile;
   readonly counters: BlockCounters = {
     reads: 0,
@@ -90,15 +91,17 @@ export class BlockDevice implements VirtioDevice {
   /** Told of every request under --verbose. */
   readonly trace: ((line: string) => void) | undefined;
 
-  constructor(name: string, disk: DiskFile, trace?: (line: string) => void) {
+  constructor(name: string, disk: DiskFile, trace?: (line: string) => void, queueCount = 1) {
     this.name = name;
     this.disk = disk;
+    this.queueCount = queueCount;
     this.trace = trace;
     this.features =
       BLK_F_SEG_MAX |
       BLK_F_BLK_SIZE |
       BLK_F_FLUSH |
       BLK_F_TOPOLOGY |
+      (queueCount > 1 ? BLK_F_MQ : 0n) |
       (disk.readonly ? BLK_F_RO : 0n) |
       (disk.canPunchHoles ? BLK_F_DISCARD : 0n) |
       (disk.canZeroRanges ? BLK_F_WRITE_ZEROES : 0n);

@@ -13,6 +13,7 @@ import { type GuestMemory, type MemoryRegion, WINDOW_BYTES } from "../memory/gue
 import type { DescriptorChain } from "./chain.ts";
 import { VirtqueueFault } from "./fault.ts";
 import { F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFY_ON_EMPTY, has } from "./features.ts";
+import type { InflightTable } from "./inflight.ts";
 
 const DESC_F_NEXT = 1;
 const DESC_F_WRITE = 2;
@@ -46,8 +47,10 @@ export interface QueueLayout {
   readonly used: number;
   /** The features that the driver accepted. */
   readonly features: bigint;
-  /** The avail index to go on from. */
+  /** The avail index to go on from; with a table of chains in flight that tells. */
   readonly nextAvailable: number;
+  /** Where chains in flight are recorded for a successor. */
+  readonly inflight?: InflightTable;
 }
 
 export class SplitQueue {
@@ -79,6 +82,9 @@ export class SplitQueue {
   #publishedUsed: number;
   #signalledUsed: number;
   #signalledBefore = false;
+  readonly #inflight: InflightTable | undefined;
+  /** Heads on record as in flight that are to be taken again, the next one last: they come before new ones. */
+  #again: number[] | undefined;
 
   /** @throws QueueSetupError when size, alignment or place of the rings break the rules */
   constructor(memory: GuestMemory, layout: QueueLayout) {
@@ -110,6 +116,18 @@ export class SplitQueue {
     this.nextUsed = this.#used[1];
     this.#publishedUsed = this.nextUsed;
     this.#signalledUsed = this.nextUsed;
+    this.#inflight = layout.inflight;
+    if (layout.inflight !== undefined) this.#recover(layout.inflight);
+  }
+
+  /**
+   * Goes on where a predecessor was: its chains in flight are taken once more. They are those that it took behind the
+   * ones given back, so counting begins at used.idx; only which heads they are is not in the ring's order.
+   */
+  #recover(inflight: InflightTable): void {
+    const heads = inflight.recover(this.nextUsed);
+    this.nextAvailable = this.nextUsed;
+    if (heads.length > 0) this.#again = heads.reverse();
   }
 
   /** The most segments that a chain can have: one a descriptor, and a few for buffers that span regions. */
@@ -149,7 +167,8 @@ export class SplitQueue {
    * @throws VirtqueueFault when the chain breaks a rule; the queue must then not be used any more
    */
   take(chain: DescriptorChain): void {
-    const head = this.#available[2 + (this.nextAvailable & this.#mask)];
+    const head =
+      this.#again === undefined ? this.#available[2 + (this.nextAvailable & this.#mask)] : this.#takeAgain();
     if (head >= this.size) throw this.#fault(`head ${head} is outside the queue of ${this.size}`);
     if (this.#taken[head] === 1) throw this.#fault(`head ${head} was made available while still in use`);
     chain.clear(head);
@@ -157,6 +176,14 @@ export class SplitQueue {
     this.#taken[head] = 1;
     this.#takenCount++;
     this.nextAvailable = (this.nextAvailable + 1) & 0xffff;
+    this.#inflight?.take(head);
+  }
+
+  #takeAgain(): number {
+    const heads = this.#again!;
+    const head = heads.pop()!;
+    if (heads.length === 0) this.#again = undefined;
+    return head;
   }
 
   /** Takes back the last take: the chain stays available. For devices that find out that they cannot serve it yet. */
@@ -164,6 +191,10 @@ export class SplitQueue {
     this.#taken[chain.head] = 0;
     this.#takenCount--;
     this.nextAvailable = (this.nextAvailable - 1) & 0xffff;
+    // On record it stays in flight: a head that was taken again has no place in the ring any more.
+    if (this.#inflight === undefined) return;
+    this.#again ??= [];
+    this.#again.push(chain.head);
   }
 
   /**
@@ -317,6 +348,7 @@ export class SplitQueue {
     const at = 1 + 2 * (this.nextUsed & this.#mask);
     this.#usedElements[at] = head;
     this.#usedElements[at + 1] = written;
+    this.#inflight?.give(head, this.nextUsed);
     this.nextUsed = (this.nextUsed + 1) & 0xffff;
     this.#taken[head] = 0;
     this.#takenCount--;
@@ -334,8 +366,10 @@ export class SplitQueue {
 
   /** Publishes used.idx. Order: a release; the elements are visible before it (section 2.7.8.2). */
   publish(): void {
+    const before = this.#publishedUsed;
     this.#publishedUsed = this.nextUsed;
     Atomics.store(this.#used, 1, this.nextUsed);
+    this.#inflight?.published(before, this.nextUsed);
   }
 
   /**

@@ -65,8 +65,8 @@ test("every option of run arrives in its field", (t) => {
     _tag: "Run",
     completion: "epoll",
     blocks: [
-      { file: "a.img", readonly: false, direct: false },
-      { file: "b.img", readonly: true, direct: true },
+      { file: "a.img", readonly: false, direct: false, queues: 1 },
+      { file: "b.img", readonly: true, direct: true, queues: 1 },
     ],
     nets: [],
     rng: { bytesPerSecond: undefined },
@@ -109,8 +109,10 @@ test("any file name without a comma is taken as it stands", (t) => {
   const name = fc.string({ unit: "grapheme", minLength: 1 }).filter((text) => !text.includes(","));
   const property = fc.property(name, fc.boolean(), fc.boolean(), (file, readonly, direct) => {
     const words = `${readonly ? ",readonly" : ""}${direct ? ",direct" : ""}`;
-    t.deepEqual(run(`--block=${file}${words}`).blocks, [{ file, readonly, direct }]);
-    t.deepEqual(serve(`--block=${file},socket=s${words}`).blocks, [{ file, readonly, direct, socket: "s" }]);
+    t.deepEqual(run(`--block=${file}${words}`).blocks, [{ file, readonly, direct, queues: 1 }]);
+    t.deepEqual(serve(`--block=${file},socket=s${words}`).blocks, [
+      { file, readonly, direct, queues: 1, socket: "s" },
+    ]);
   });
   t.notThrows(() => fc.assert(property));
 });
@@ -121,8 +123,10 @@ test("a comma after a file name closes it, whatever the name is", (t) => {
   const property = fc.property(
     name.filter((text) => text !== ""),
     (file) => {
-      t.deepEqual(run(`--block=${file},`).blocks, [{ file, readonly: false, direct: false }]);
-      t.deepEqual(run(`--block=${file},,readonly`).blocks, [{ file, readonly: true, direct: false }]);
+      t.deepEqual(run(`--block=${file},`).blocks, [{ file, readonly: false, direct: false, queues: 1 }]);
+      t.deepEqual(run(`--block=${file},,readonly`).blocks, [
+        { file, readonly: true, direct: false, queues: 1 },
+      ]);
       t.deepEqual(run(`--root=${file},,rw`).root, { dir: file, writable: true });
     },
   );
@@ -191,8 +195,8 @@ test("serve describes disks and a console at sockets of their own", (t) => {
       _tag: "Serve",
       completion: "auto",
       blocks: [
-        { file: "a", readonly: false, direct: false, socket: "/run/a" },
-        { file: "b", readonly: true, direct: false, socket: "b.sock" },
+        { file: "a", readonly: false, direct: false, queues: 1, socket: "/run/a" },
+        { file: "b", readonly: true, direct: false, queues: 1, socket: "b.sock" },
       ],
       console: { socket: "/run/c" },
       nets: [],
@@ -281,4 +285,13 @@ test("serve has entropy sources at sockets of their own", (t) => {
   t.regex(refusal("serve", "--rng=rate=64"), /the socket is missing/);
   t.regex(refusal("serve", "--rng"), /--rng/);
   t.regex(refusal("serve", "--rng=socket=/tmp/a", "--block=x,socket=/tmp/a"), /every device needs its own/);
+});
+
+test("a disk has one queue, or as many as it is told", (t) => {
+  t.is(run("--block=a").blocks[0].queues, 1);
+  t.is(run("--block=a,queues=4,direct").blocks[0].queues, 4);
+  t.is(serve("--block=a,socket=/tmp/a,queues=64").blocks[0].queues, 64);
+  for (const number of ["0", "65", "x", "1.5", "-1"]) {
+    t.regex(refusal(`--block=a,queues=${number}`), /"queues=" takes a number from 1 to 64/, number);
+  }
 });

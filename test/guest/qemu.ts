@@ -3,10 +3,12 @@
  *
  * The CPU is emulated (TCG), so this runs anywhere; a boot takes some seconds.
  */
+import { execFile } from "node:child_process";
 import { once } from "node:events";
 import * as fs from "node:fs/promises";
 import * as os from "node:os";
 import * as path from "node:path";
+import { promisify } from "node:util";
 import type { ExecutionContext } from "ava";
 import { type CpioEntry, writeCpio } from "../../src/boot/cpio.ts";
 import { type Exit, startChild, within } from "./child.ts";
@@ -32,6 +34,10 @@ export interface QemuOptions {
    */
   readonly script: string;
   readonly memoryMiB?: number;
+  /** QEMU comes back when the server of a disk has gone and is there again. */
+  readonly reconnect?: boolean;
+  /** Programs of the host that the guest has too, with their libraries; full paths. */
+  readonly programs?: readonly string[];
   /** For everything together, boots included. Default 120 s. */
   readonly timeoutMs?: number;
   /** Called with each line of the script's output while the guest runs. */
@@ -108,7 +114,7 @@ const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOpti
     ...["-kernel", kernel.image, "-initrd", initramfs],
     ...["-append", "console=ttyS0 quiet panic=0 rdinit=/init"],
     ...options.sockets.flatMap((socket, index) => [
-      ...["-chardev", `socket,id=c${index},path=${socket}`],
+      ...["-chardev", `socket,id=c${index},path=${socket}${options.reconnect ? ",reconnect=1" : ""}`],
       ...["-device", `vhost-user-blk-pci,chardev=c${index},num-queues=1`],
     ]),
     ...(options.rngSockets ?? []).flatMap((socket, index) => [
@@ -144,11 +150,27 @@ const makeInitramfs = async (kernel: CloudKernel, options: QemuOptions): Promise
     { kind: "character-device", path: "dev/console", major: 5, minor: 1 },
     ...["proc", "sys", "tmp"].map((folder): CpioEntry => ({ kind: "directory", path: folder })),
     ...(await Promise.all(moduleFiles)),
+    ...(await programEntries(options.programs ?? [])),
   ]);
 };
 
+/** The programs and every library that ldd names, where the host has them. */
+const programEntries = async (programs: readonly string[]): Promise<CpioEntry[]> => {
+  const files = new Set(programs);
+  for (const program of programs) {
+    const { stdout } = await promisify(execFile)("ldd", [program]);
+    for (const [, file] of stdout.matchAll(/(?:=> |^\t)(\/\S+) \(/gm)) files.add(file);
+  }
+  const names = [...files].map((file) => file.slice(1));
+  return Promise.all(
+    names.map(async (name): Promise<CpioEntry> => {
+      return { kind: "file", path: name, data: await fs.readFile(`/${name}`), mode: 0o755 };
+    }),
+  );
+};
+
 const initScript = (disks: number): string => `#!/bin/busybox sh
-export PATH=/bin
+export PATH=/bin:/usr/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys

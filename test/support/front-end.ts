@@ -27,7 +27,16 @@ export const F = {
 } as const;
 
 /** Protocol features (bits of SET_PROTOCOL_FEATURES). */
-export const PROTOCOL = { MQ: 1n, REPLY_ACK: 8n, BACKEND_REQ: 32n, CONFIG: 512n } as const;
+export const PROTOCOL = {
+  MQ: 1n << 0n,
+  REPLY_ACK: 1n << 3n,
+  BACKEND_REQ: 1n << 5n,
+  CONFIG: 1n << 9n,
+  INFLIGHT_SHMFD: 1n << 12n,
+  RESET_DEVICE: 1n << 13n,
+  CONFIGURE_MEM_SLOTS: 1n << 15n,
+  STATUS: 1n << 16n,
+} as const;
 
 export interface Reply {
   readonly request: number;
@@ -68,6 +77,8 @@ export function messageBytes(request: number, payload: Uint8Array, options: Send
 
 export class FrontEnd {
   readonly fd: number;
+  /** Descriptors that came with answers; the test's to close. */
+  readonly received: number[] = [];
   readonly #fds = new Int32Array(1 + RECEIVE_FDS_MAX);
   #open = true;
 
@@ -104,6 +115,7 @@ export class FrontEnd {
       while (done < length && !ended) {
         const got = native.receive(this.fd, bytes, done, length - done, this.#fds);
         if (got === -ERRNO.EAGAIN) return false;
+        this.received.push(...this.#fds.subarray(1, 1 + this.#fds[0]));
         // A back-end that closes with our bytes unread resets the connection.
         ended = got === 0 || got === -ERRNO.ECONNRESET;
         if (!ended) done += check(got, "receive");
@@ -185,6 +197,14 @@ export class FrontEnd {
     });
   }
 
+  addRegion(region: Region): void {
+    this.send(REQUEST.ADD_MEM_REG, slot(region), { fds: [region.fd] });
+  }
+
+  removeRegion(region: Region): void {
+    this.send(REQUEST.REM_MEM_REG, slot(region));
+  }
+
   /** Where a successor goes on. The ring is stopped. */
   async getVringBase(ring: number): Promise<number> {
     const payload = await this.ask(REQUEST.GET_VRING_BASE, words(ring, 0));
@@ -207,6 +227,10 @@ export interface Region {
   readonly user: bigint;
   readonly offset: bigint;
 }
+
+/** The payload of ADD_MEM_REG and REM_MEM_REG. */
+export const slot = ({ guest, size, user, offset }: Region): Uint8Array =>
+  words(0n, guest, size, user, offset);
 
 export function memoryTable(regions: readonly Region[], count = regions.length): Uint8Array {
   return words(count, 0, ...regions.flatMap(({ guest, size, user, offset }) => [guest, size, user, offset]));

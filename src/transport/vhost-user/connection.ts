@@ -10,16 +10,20 @@ import type * as Scope from "effect/Scope";
 import { POLL_IN } from "../../loop/completion-queue.ts";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import { waitReady } from "../../loop/waiting.ts";
-import { GuestMemory, MemoryError, MemoryRegion } from "../../memory/guest-memory.ts";
+import type { GuestMemory } from "../../memory/guest-memory.ts";
 import { ERRNO, errnoName, native, RECEIVE_FDS_MAX } from "../../native.ts";
 import type { VirtioDevice } from "../../virtio/device.ts";
 import type { VirtqueueFault } from "../../virtio/fault.ts";
 import { has, listBits, QUEUE_FEATURES } from "../../virtio/features.ts";
 import type { QueueCounters } from "../../virtio/queue-runner.ts";
+import { closeAll, describeFd, expectSignal, takeFds } from "./descriptors.ts";
+import { createInflight, Inflight } from "./inflight.ts";
+import { openMemory, withoutRegion, withRegion } from "./memory-table.ts";
 import {
   BACKEND_CONFIG_CHANGE,
   CONFIG_BYTES_MAX,
   encode,
+  encodeInflight,
   encodeU64,
   expectSize,
   F_PROTOCOL_FEATURES,
@@ -28,16 +32,19 @@ import {
   FLAG_VERSION,
   HEADER_BYTES,
   type Header,
+  MEMORY_SLOTS_MAX,
   type Message,
+  NEEDS_FEATURE,
   PROTOCOL_F_REPLY_ACK,
+  PROTOCOL_F_STATUS,
   PROTOCOL_FEATURES,
   ProtocolError,
   parseHeader,
   parseMemoryTable,
   parseVringAddresses,
   REQUEST,
-  type RegionMessage,
   requestName,
+  STATUS,
   VRING_INDEX_MASK,
   VRING_NO_FD,
 } from "./protocol.ts";
@@ -56,6 +63,12 @@ export interface ConnectionOptions {
 
 const NO_FDS = new Int32Array(0);
 
+/** What answers a message; the descriptor goes along and is closed here. */
+interface Reply {
+  readonly payload: Uint8Array;
+  readonly fd?: number;
+}
+
 export class Connection {
   readonly #fd: number;
   readonly #options: ConnectionOptions;
@@ -63,6 +76,11 @@ export class Connection {
   #features = 0n;
   #protocolFeatures = 0n;
   #memory: GuestMemory | undefined;
+  #inflight: Inflight | undefined;
+  /** The device status, for front-ends that accepted STATUS. */
+  #status = 0;
+  /** A rule was broken; until the device is reset. */
+  #needsReset = false;
   #backendFd = -1;
 
   private constructor(fd: number, options: ConnectionOptions) {
@@ -101,6 +119,7 @@ export class Connection {
         Effect.sync(() => {
           for (const ring of this.#rings) ring.closeFds();
           this.#memory?.close();
+          this.#inflight?.close();
           if (this.#backendFd >= 0) native.close(this.#backendFd);
           native.close(this.#fd);
         }),
@@ -112,17 +131,32 @@ export class Connection {
     Effect.forEach(this.#rings, (ring) => ring.stop, { discard: true }),
   );
 
-  #startRings(): void {
-    for (const ring of this.#rings) ring.start(this.#memory, this.#features);
+  /**
+   * Starts the rings that have what they need. `lenient`: one whose addresses are in no region waits, because
+   * the region is still to come; else that is an error.
+   */
+  #startRings(lenient = false): void {
+    for (const ring of this.#rings) this.#startRing(ring, lenient);
+  }
+
+  #startRing(ring: Ring, lenient = false): void {
+    if (!this.#isDriverReady) return;
+    ring.start(this.#memory, this.#features, this.#inflight, lenient);
+  }
+
+  /** Nothing is served before DRIVER_OK (Virtual I/O Device 1.2, section 3.1.1), where we are told of it. */
+  get #isDriverReady(): boolean {
+    if (!has(this.#protocolFeatures, PROTOCOL_F_STATUS)) return true;
+    return (this.#status & STATUS.DRIVER_OK) !== 0 && (this.#status & STATUS.FAILED) === 0;
   }
 
   /** Stops the rings around a change of something that they use. */
-  #whileStopped(change: () => void): Effect.Effect<void, ProtocolError> {
+  #whileStopped(change: () => void, lenient = false): Effect.Effect<void, ProtocolError> {
     return this.#stopRings.pipe(
       Effect.andThen(
         attempt(() => {
           change();
-          this.#startRings();
+          this.#startRings(lenient);
         }),
       ),
     );
@@ -132,6 +166,7 @@ export class Connection {
   #onFault(fault: VirtqueueFault): void {
     const { report, loop, device } = this.#options;
     report(`${fault.message}; ${device.name} is stopped until the guest resets it`);
+    this.#needsReset = true;
     for (const ring of this.#rings) ring.raiseError();
     Effect.runFork(this.#stopRings, { scheduler: loop.scheduler });
   }
@@ -195,10 +230,11 @@ export class Connection {
     });
   }
 
-  #reply(message: Message, payload: Uint8Array): Effect.Effect<void, ProtocolError> {
+  #reply(message: Message, { payload, fd }: Reply): Effect.Effect<void, ProtocolError> {
     // UML takes no other flags than these two: REPLY and the version (virtio_uml.c).
     const bytes = encode(message.request, FLAG_VERSION | FLAG_REPLY, payload);
-    const sent = native.send(this.#fd, bytes, 0, bytes.length, NO_FDS);
+    const sent = native.send(this.#fd, bytes, 0, bytes.length, fd === undefined ? NO_FDS : Int32Array.of(fd));
+    if (fd !== undefined) native.close(fd);
     if (sent === bytes.length || sent === -ERRNO.EPIPE) return Effect.void;
     // Replies are small and each is waited for: a front-end whose buffer is full is not reading.
     return fail(`the front-end does not read its replies (${sent < 0 ? errnoName(sent) : "short"})`);
@@ -214,17 +250,22 @@ export class Connection {
         if (reply !== undefined) return this.#reply(message, reply);
         const wantsAck =
           (message.flags & FLAG_NEED_REPLY) !== 0 && has(this.#protocolFeatures, PROTOCOL_F_REPLY_ACK);
-        return wantsAck ? this.#reply(message, encodeU64(0n)) : Effect.void;
+        return wantsAck ? this.#reply(message, { payload: encodeU64(0n) }) : Effect.void;
       }),
       Effect.ensuring(Effect.sync(() => closeAll(message.fds.filter((fd) => !kept.has(fd))))),
     );
   }
 
   /** Does what the message asks. `kept` collects the descriptors that stay open. The result is the reply. */
-  #dispatch(message: Message, kept: Set<number>): Effect.Effect<Uint8Array | undefined, ProtocolError> {
-    const reply = (body: () => Uint8Array): Effect.Effect<Uint8Array, ProtocolError> => attempt(body);
+  #dispatch(message: Message, kept: Set<number>): Effect.Effect<Reply | undefined, ProtocolError> {
+    const reply = (body: () => Uint8Array): Effect.Effect<Reply, ProtocolError> =>
+      attempt(() => ({ payload: body() }));
     const done = (work: Effect.Effect<unknown, ProtocolError>): Effect.Effect<undefined, ProtocolError> =>
       Effect.as(work, undefined);
+    const needed = NEEDS_FEATURE.get(message.request);
+    if (needed !== undefined && !has(this.#protocolFeatures, needed[1])) {
+      return fail(`${requestName(message.request)} without the protocol feature ${needed[0]}`);
+    }
     switch (message.request) {
       case REQUEST.GET_FEATURES:
         return reply(() => encodeU64(this.#offered()));
@@ -240,6 +281,25 @@ export class Connection {
         return Effect.succeed(undefined);
       case REQUEST.RESET_OWNER:
         return done(this.#stopRings);
+      case REQUEST.RESET_DEVICE:
+        return done(this.#resetDevice);
+      case REQUEST.SET_STATUS:
+        return done(this.#setStatus(message));
+      case REQUEST.GET_STATUS:
+        return reply(() => encodeU64(BigInt(this.#status | (this.#needsReset ? STATUS.NEEDS_RESET : 0))));
+      case REQUEST.GET_MAX_MEM_SLOTS:
+        return reply(() => encodeU64(BigInt(MEMORY_SLOTS_MAX)));
+      case REQUEST.ADD_MEM_REG:
+        return done(this.#addRegion(message));
+      case REQUEST.REM_MEM_REG:
+        return done(this.#removeRegion(message));
+      case REQUEST.GET_INFLIGHT_FD:
+        return attempt(() => {
+          const { fd, bytes } = createInflight(message, this.#rings.length);
+          return { payload: encodeInflight(message, bytes), fd };
+        });
+      case REQUEST.SET_INFLIGHT_FD:
+        return done(this.#setInflight(message));
       case REQUEST.SET_MEM_TABLE:
         return done(this.#setMemory(message));
       case REQUEST.SET_VRING_NUM:
@@ -320,6 +380,76 @@ export class Connection {
     );
   }
 
+  #addRegion(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => withRegion(this.#memory, message)).pipe(
+      Effect.flatMap((memory) =>
+        this.#whileStopped(() => {
+          this.#memory = memory;
+        }, true),
+      ),
+    );
+  }
+
+  #removeRegion(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => withoutRegion(this.#memory, message)).pipe(
+      Effect.flatMap(({ memory, removed }) =>
+        this.#whileStopped(() => {
+          this.#memory = memory;
+          removed.close();
+        }, true),
+      ),
+    );
+  }
+
+  /** The record of chains in flight: the front-end keeps it, so that it is there when we are not any more. */
+  #setInflight(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => Inflight.open(message, this.#rings.length)).pipe(
+      Effect.flatMap((inflight) =>
+        this.#whileStopped(() => {
+          this.#inflight?.close();
+          this.#inflight = inflight;
+        }),
+      ),
+    );
+  }
+
+  /** Status 0 is a reset: rings stop, and what the front-end has said about them stays. */
+  #setStatus(message: Message): Effect.Effect<void, ProtocolError> {
+    return attempt(() => {
+      expectSize(message, 8);
+      const value = message.payload.getBigUint64(0, true);
+      if (value > 0xffn) throw new ProtocolError({ message: `SET_STATUS ${value} is no device status` });
+      return Number(value);
+    }).pipe(
+      Effect.flatMap((status) => {
+        this.#traceStatus(status);
+        this.#status = status & ~STATUS.NEEDS_RESET;
+        if (status === 0) {
+          this.#needsReset = false;
+          for (const ring of this.#rings) ring.broken = false;
+        }
+        if (!this.#isDriverReady) return this.#stopRings;
+        return attempt(() => this.#startRings());
+      }),
+    );
+  }
+
+  #traceStatus(status: number): void {
+    const { trace, device } = this.#options;
+    trace?.(`${device.name}: status 0x${status.toString(16)}`);
+    if ((status & STATUS.FAILED) !== 0) trace?.(`${device.name}: the driver has given up (FAILED)`);
+  }
+
+  /** Everything but the front-end's memory and its ownership is as it was at first. */
+  readonly #resetDevice: Effect.Effect<void> = Effect.suspend(() =>
+    Effect.map(this.#stopRings, () => {
+      this.#features = 0n;
+      this.#status = 0;
+      this.#needsReset = false;
+      for (const ring of this.#rings) ring.reset();
+    }),
+  );
+
   /** @throws ProtocolError when there is no such ring */
   #ring(index: number): Ring {
     const ring = this.#rings[index];
@@ -350,7 +480,7 @@ export class Connection {
           ring.broken = false;
         }
       }
-      yield* attempt(() => ring.start(this.#memory, this.#features));
+      yield* attempt(() => this.#startRing(ring));
     });
   }
 
@@ -360,12 +490,12 @@ export class Connection {
       const ring = yield* attempt(() => this.#ring(addresses.index));
       yield* ring.stop;
       ring.addresses = addresses;
-      yield* attempt(() => ring.start(this.#memory, this.#features));
+      yield* attempt(() => this.#startRing(ring));
     });
   }
 
   /** Stops the ring, and tells where a successor goes on; only a new kick descriptor starts it again. */
-  #getRingBase(message: Message): Effect.Effect<Uint8Array, ProtocolError> {
+  #getRingBase(message: Message): Effect.Effect<Reply, ProtocolError> {
     return Effect.gen({ self: this }, function* () {
       const ring = yield* attempt(() => {
         expectSize(message, 8);
@@ -373,7 +503,7 @@ export class Connection {
       });
       yield* ring.stop;
       ring.setFd("kickFd", -1);
-      return new Uint8Array(Uint32Array.of(ring.index, ring.nextAvailable).buffer);
+      return { payload: new Uint8Array(Uint32Array.of(ring.index, ring.nextAvailable).buffer) };
     });
   }
 
@@ -386,7 +516,7 @@ export class Connection {
       else {
         yield* ring.stop;
         ring.setFd("kickFd", fd ?? -1);
-        yield* attempt(() => ring.start(this.#memory, this.#features));
+        yield* attempt(() => this.#startRing(ring));
       }
     });
   }
@@ -453,81 +583,6 @@ function configRange(message: Message): { offset: number; size: number } {
   }
   expectSize(message, 12 + size);
   return { offset, size };
-}
-
-/** Maps the regions of a memory table; the descriptors stay the caller's. */
-function openMemory(table: readonly RegionMessage[], fds: readonly number[]): GuestMemory {
-  const regions: MemoryRegion[] = [];
-  try {
-    table.forEach((entry, i) => {
-      checkMemoryFile(fds[i], entry);
-      regions.push(
-        new MemoryRegion(fds[i], {
-          guestBase: entry.guestAddress,
-          size: entry.size,
-          userBase: entry.userAddress,
-          fileOffset: entry.fileOffset,
-        }),
-      );
-    });
-    return new GuestMemory(regions);
-  } catch (error) {
-    for (const region of regions) region.close();
-    if (error instanceof MemoryError) throw new ProtocolError({ message: `SET_MEM_TABLE: ${error.message}` });
-    throw error;
-  }
-}
-
-function checkMemoryFile(fd: number, entry: RegionMessage): void {
-  const stat = fs.fstatSync(fd);
-  const where = `SET_MEM_TABLE: region of ${entry.size} bytes at guest 0x${entry.guestAddress.toString(16)}`;
-  if (!stat.isFile())
-    throw new ProtocolError({ message: `${where}: ${describeFd(fd)} is not a memory file` });
-  const limit = Number.MAX_SAFE_INTEGER;
-  if (
-    entry.size > limit ||
-    entry.guestAddress > limit - entry.size ||
-    entry.userAddress > 2 ** 64 - entry.size
-  ) {
-    throw new ProtocolError({ message: `${where} does not fit into an address space` });
-  }
-  if (entry.size > stat.size || entry.fileOffset > stat.size - entry.size) {
-    throw new ProtocolError({
-      message: `${where} reaches beyond its file: offset ${entry.fileOffset} of ${stat.size} bytes`,
-    });
-  }
-}
-
-/** What a descriptor is, for messages and checks: "anon_inode:[eventfd]", say. */
-function describeFd(fd: number): string {
-  try {
-    return fs.readlinkSync(`/proc/self/fd/${fd}`);
-  } catch {
-    return `descriptor ${fd}`;
-  }
-}
-
-/** Only what can carry a signal: polling anything else could make the loop spin. */
-function expectSignal(name: string, fd: number): void {
-  const what = describeFd(fd);
-  if (what.startsWith("anon_inode:[eventfd]") || what.startsWith("socket:") || what.startsWith("pipe:"))
-    return;
-  throw new ProtocolError({ message: `${name}: ${what} is neither an eventfd nor a pipe or socket` });
-}
-
-function takeFds(from: Int32Array, into: Int32Array | undefined): void {
-  const received = [...from.subarray(1, 1 + from[0])];
-  from[0] = 0;
-  // Descriptors in the middle of a message belong to nothing.
-  if (into === undefined || into[0] > 0) closeAll(received);
-  else {
-    into[0] = received.length;
-    into.set(received, 1);
-  }
-}
-
-function closeAll(fds: readonly number[]): void {
-  for (const fd of fds) native.close(fd);
 }
 
 const fail = (message: string): Effect.Effect<never, ProtocolError> =>

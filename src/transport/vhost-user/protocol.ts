@@ -11,7 +11,9 @@ export const HEADER_BYTES = 12;
 export const PAYLOAD_BYTES_MAX = 4096;
 /** The largest piece of configuration space that one message may carry (VHOST_USER_MAX_CONFIG_SIZE). */
 export const CONFIG_BYTES_MAX = 256;
+/** Regions of one memory table, and of one that is made of slots. */
 export const REGIONS_MAX = 8;
+export const MEMORY_SLOTS_MAX = 32;
 
 export const REQUEST = {
   GET_FEATURES: 1,
@@ -33,6 +35,14 @@ export const REQUEST = {
   SET_BACKEND_REQ_FD: 21,
   GET_CONFIG: 24,
   SET_CONFIG: 25,
+  GET_INFLIGHT_FD: 31,
+  SET_INFLIGHT_FD: 32,
+  RESET_DEVICE: 34,
+  GET_MAX_MEM_SLOTS: 36,
+  ADD_MEM_REG: 37,
+  REM_MEM_REG: 38,
+  SET_STATUS: 39,
+  GET_STATUS: 40,
 } as const;
 
 const NAMES = new Map<number, string>(Object.entries(REQUEST).map(([name, number]) => [number, name]));
@@ -55,8 +65,35 @@ export const PROTOCOL_F_REPLY_ACK = bit(3);
 export const PROTOCOL_F_BACKEND_REQ = bit(5);
 export const PROTOCOL_F_CONFIG = bit(9);
 
+export const PROTOCOL_F_INFLIGHT_SHMFD = bit(12);
+export const PROTOCOL_F_RESET_DEVICE = bit(13);
+export const PROTOCOL_F_CONFIGURE_MEM_SLOTS = bit(15);
+export const PROTOCOL_F_STATUS = bit(16);
+
 export const PROTOCOL_FEATURES =
-  PROTOCOL_F_MQ | PROTOCOL_F_REPLY_ACK | PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_CONFIG;
+  PROTOCOL_F_MQ |
+  PROTOCOL_F_REPLY_ACK |
+  PROTOCOL_F_BACKEND_REQ |
+  PROTOCOL_F_CONFIG |
+  PROTOCOL_F_INFLIGHT_SHMFD |
+  PROTOCOL_F_RESET_DEVICE |
+  PROTOCOL_F_CONFIGURE_MEM_SLOTS |
+  PROTOCOL_F_STATUS;
+
+/** Requests that may come only when their protocol feature was accepted. */
+export const NEEDS_FEATURE: ReadonlyMap<number, readonly [name: string, feature: bigint]> = new Map([
+  [REQUEST.GET_INFLIGHT_FD, ["INFLIGHT_SHMFD", PROTOCOL_F_INFLIGHT_SHMFD]],
+  [REQUEST.SET_INFLIGHT_FD, ["INFLIGHT_SHMFD", PROTOCOL_F_INFLIGHT_SHMFD]],
+  [REQUEST.RESET_DEVICE, ["RESET_DEVICE", PROTOCOL_F_RESET_DEVICE]],
+  [REQUEST.GET_MAX_MEM_SLOTS, ["CONFIGURE_MEM_SLOTS", PROTOCOL_F_CONFIGURE_MEM_SLOTS]],
+  [REQUEST.ADD_MEM_REG, ["CONFIGURE_MEM_SLOTS", PROTOCOL_F_CONFIGURE_MEM_SLOTS]],
+  [REQUEST.REM_MEM_REG, ["CONFIGURE_MEM_SLOTS", PROTOCOL_F_CONFIGURE_MEM_SLOTS]],
+  [REQUEST.SET_STATUS, ["STATUS", PROTOCOL_F_STATUS]],
+  [REQUEST.GET_STATUS, ["STATUS", PROTOCOL_F_STATUS]],
+]);
+
+/** Bits of the device status (Virtual I/O Device 1.2, section 2.1). */
+export const STATUS = { DRIVER_OK: 4, NEEDS_RESET: 64, FAILED: 128 } as const;
 
 /** SET_VRING_KICK, CALL and ERR: the ring's index, and whether no descriptor comes along. */
 export const VRING_INDEX_MASK = 0xff;
@@ -133,15 +170,52 @@ export function parseMemoryTable(message: Message): RegionMessage[] {
       message: `SET_MEM_TABLE has ${count} regions but ${message.fds.length} descriptors`,
     });
   }
-  return Array.from({ length: count }, (_, i) => {
-    const at = 8 + 32 * i;
-    return {
-      guestAddress: u64(payload, at),
-      size: u64(payload, at + 8),
-      userAddress: u64(payload, at + 16),
-      fileOffset: u64(payload, at + 24),
-    };
-  });
+  return Array.from({ length: count }, (_, i) => readRegion(payload, 8 + 32 * i));
+}
+
+function readRegion(payload: DataView, at: number): RegionMessage {
+  return {
+    guestAddress: u64(payload, at),
+    size: u64(payload, at + 8),
+    userAddress: u64(payload, at + 16),
+    fileOffset: u64(payload, at + 24),
+  };
+}
+
+/** The payload of ADD_MEM_REG and REM_MEM_REG: padding and one region. */
+export function parseRegion(message: Message): RegionMessage {
+  expectSize(message, 40);
+  return readRegion(message.payload, 8);
+}
+
+export interface InflightMessage {
+  readonly mmapSize: number;
+  readonly mmapOffset: number;
+  readonly queues: number;
+  readonly queueSize: number;
+}
+
+/** The bytes that count in GET_INFLIGHT_FD and SET_INFLIGHT_FD; a C struct has four more behind them. */
+const INFLIGHT_BYTES = 20;
+
+export function parseInflight(message: Message): InflightMessage {
+  expectSize(message, INFLIGHT_BYTES, true);
+  const { payload } = message;
+  return {
+    mmapSize: u64(payload, 0),
+    mmapOffset: u64(payload, 8),
+    queues: payload.getUint16(16, true),
+    queueSize: payload.getUint16(18, true),
+  };
+}
+
+/** The answer to GET_INFLIGHT_FD, of the request's own size: QEMU insists. */
+export function encodeInflight(message: Message, mmapSize: number): Uint8Array {
+  const bytes = new Uint8Array(message.size);
+  const view = new DataView(bytes.buffer);
+  view.setBigUint64(0, BigInt(mmapSize), true);
+  bytes.set(new Uint8Array(message.payload.buffer, 16, 4), 16);
+  return bytes;
 }
 
 export interface VringAddresses {

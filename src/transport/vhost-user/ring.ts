@@ -13,8 +13,10 @@ import type { GuestMemory } from "../../memory/guest-memory.ts";
 import { native } from "../../native.ts";
 import type { VirtioDevice } from "../../virtio/device.ts";
 import type { VirtqueueFault } from "../../virtio/fault.ts";
+import type { InflightTable } from "../../virtio/inflight.ts";
 import { type QueueCounters, QueueRunner } from "../../virtio/queue-runner.ts";
 import { QueueSetupError } from "../../virtio/split-queue.ts";
+import type { Inflight } from "./inflight.ts";
 import { ProtocolError, type VringAddresses } from "./protocol.ts";
 
 export class Ring {
@@ -59,11 +61,23 @@ export class Ring {
     return this.#runner !== undefined;
   }
 
-  /** Starts the ring if everything for it is there. @throws ProtocolError when what is there makes no ring */
-  start(memory: GuestMemory | undefined, features: bigint): void {
+  /**
+   * Starts the ring if everything for it is there; with `lenient`, addresses outside of memory are not there yet.
+   *
+   * @throws ProtocolError when what is there makes no ring
+   */
+  start(
+    memory: GuestMemory | undefined,
+    features: bigint,
+    inflight: Inflight | undefined,
+    lenient: boolean,
+  ): void {
     if (this.#runner !== undefined || !this.enabled || this.broken || memory === undefined) return;
-    if (this.kickFd < 0 || this.size === 0 || this.addresses === undefined) return;
-    const runner = this.#makeRunner(memory, features, this.addresses);
+    const { addresses } = this;
+    if (this.kickFd < 0 || this.size === 0 || addresses === undefined) return;
+    if (lenient && !isInside(memory, addresses)) return;
+    const table = inflight?.table(this.index, this.size);
+    const runner = this.#makeRunner(memory, features, addresses, table);
     this.#runner = runner;
     this.#watchKick(runner);
     this.#fiber = Effect.runFork(
@@ -72,7 +86,12 @@ export class Ring {
     );
   }
 
-  #makeRunner(memory: GuestMemory, features: bigint, addresses: VringAddresses): QueueRunner {
+  #makeRunner(
+    memory: GuestMemory,
+    features: bigint,
+    addresses: VringAddresses,
+    inflight: InflightTable | undefined,
+  ): QueueRunner {
     const translate = (what: string, user: number): number => {
       const address = memory.fromUser(user);
       if (address !== undefined) return address;
@@ -94,6 +113,7 @@ export class Ring {
           used: translate("used ring", addresses.used),
           features,
           nextAvailable: this.nextAvailable,
+          ...(inflight === undefined ? {} : { inflight }),
         },
       });
     } catch (error) {
@@ -177,9 +197,22 @@ export class Ring {
     if (this.errFd >= 0) native.signal(this.errFd);
   }
 
+  /** As it was when the front-end came; only while it is stopped. */
+  reset(): void {
+    this.closeFds();
+    this.size = 0;
+    this.addresses = undefined;
+    this.nextAvailable = 0;
+    this.enabled = false;
+    this.broken = false;
+  }
+
   closeFds(): void {
     this.setFd("kickFd", -1);
     this.setFd("callFd", -1);
     this.setFd("errFd", -1);
   }
 }
+
+const isInside = (memory: GuestMemory, { descriptors, available, used }: VringAddresses): boolean =>
+  [descriptors, available, used].every((address) => memory.fromUser(address) !== undefined);

@@ -19,9 +19,11 @@ import {
   FrontEnd,
   memoryTable,
   messageBytes,
+  PROTOCOL,
   REPLY,
   REQUEST,
   type Region,
+  slot,
   words,
 } from "../../support/front-end.ts";
 import { ringTest } from "../../support/ring-test.ts";
@@ -83,7 +85,167 @@ function opened(
   };
 }
 
+/** The protocol features that a front-end accepts before it sends what they bring. */
+function accepted(features: bigint, act: Case["act"]): Case["act"] {
+  return async (frontEnd, driver, served) => {
+    await frontEnd.getProtocolFeatures();
+    frontEnd.setProtocolFeatures(features);
+    await act(frontEnd, driver, served);
+  };
+}
+
+/** A memory file for the chains in flight, announced with other numbers than it has. */
+function inflight(name: string, report: RegExp, payload: Uint8Array, fds?: number): Case {
+  return {
+    name,
+    report,
+    act: accepted(PROTOCOL.INFLIGHT_SHMFD, (frontEnd) => {
+      const fd = native.memfd("test-guest", 8192);
+      frontEnd.send(REQUEST.SET_INFLIGHT_FD, payload, { fds: Array.from({ length: fds ?? 1 }, () => fd) });
+      native.close(fd);
+    }),
+  };
+}
+
+/** struct VhostUserInflight: size, offset, queues and entries. */
+const inflightWords = (size: bigint, offset: bigint, queues: number, entries: number): Uint8Array =>
+  words(size, offset, queues + entries * 0x10000, 0);
+
+const slotCases: Case[] = [
+  message(
+    "a slot without its feature",
+    /ADD_MEM_REG without the protocol feature CONFIGURE_MEM_SLOTS/,
+    REQUEST.ADD_MEM_REG,
+    new Uint8Array(40),
+  ),
+  message(
+    "a status without its feature",
+    /SET_STATUS without the protocol feature STATUS/,
+    REQUEST.SET_STATUS,
+    words(4n),
+  ),
+  message(
+    "a record without its feature",
+    /GET_INFLIGHT_FD without the protocol feature INFLIGHT_SHMFD/,
+    REQUEST.GET_INFLIGHT_FD,
+    new Uint8Array(24),
+  ),
+  message(
+    "a reset without its feature",
+    /RESET_DEVICE without the protocol feature RESET_DEVICE/,
+    REQUEST.RESET_DEVICE,
+    words(),
+  ),
+  {
+    name: "a slot without a descriptor",
+    report: /ADD_MEM_REG has 0 descriptors, expected 1/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) =>
+      frontEnd.send(REQUEST.ADD_MEM_REG, slot(driver.region)),
+    ),
+  },
+  {
+    name: "a slot of another size",
+    report: /ADD_MEM_REG has 32 bytes of payload, expected 40/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) =>
+      frontEnd.send(REQUEST.ADD_MEM_REG, slot(driver.region).subarray(8), { fds: [driver.memory.fd] }),
+    ),
+  },
+  {
+    name: "a slot that overlaps",
+    report: /ADD_MEM_REG: memory regions overlap/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) => {
+      for (let n = 0; n < 2; n++) frontEnd.addRegion(driver.region);
+    }),
+  },
+  {
+    name: "a slot beyond its file",
+    report: /ADD_MEM_REG: region of \d+ bytes at guest 0x0 reaches beyond its file/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) =>
+      frontEnd.addRegion({ ...driver.region, size: driver.region.size + 4096n }),
+    ),
+  },
+  {
+    name: "too many slots",
+    report: /ADD_MEM_REG: all 32 slots are in use/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) => {
+      for (let n = 0n; n < 33n; n++) {
+        const at = n * 4096n;
+        frontEnd.addRegion({ ...driver.region, guest: at, user: at, size: 4096n });
+      }
+    }),
+  },
+  {
+    name: "a slot that was never added is removed",
+    report: /REM_MEM_REG: there is no region of \d+ bytes at guest 0x1000/,
+    act: accepted(PROTOCOL.CONFIGURE_MEM_SLOTS, (frontEnd, driver) => {
+      frontEnd.addRegion(driver.region);
+      frontEnd.send(REQUEST.REM_MEM_REG, slot({ ...driver.region, guest: 4096n }));
+    }),
+  },
+  {
+    name: "a status of more than a byte",
+    report: /SET_STATUS 256 is no device status/,
+    act: accepted(PROTOCOL.STATUS, (frontEnd) => frontEnd.send(REQUEST.SET_STATUS, words(256n))),
+  },
+  {
+    name: "a record for more queues than there are",
+    report: /GET_INFLIGHT_FD is for 2 queues of 64; the device has 1/,
+    act: accepted(PROTOCOL.INFLIGHT_SHMFD, (frontEnd) =>
+      frontEnd.send(REQUEST.GET_INFLIGHT_FD, inflightWords(0n, 0n, 2, 64)),
+    ),
+  },
+  inflight("a record of absurd queues", /is for 1 queues of 65535/, inflightWords(8192n, 0n, 1, 65535)),
+  inflight(
+    "a record that is too small",
+    /SET_INFLIGHT_FD: 64 bytes at 0 of a file of 8192, where 1 queues of 64 need 1088/,
+    inflightWords(64n, 0n, 1, 64),
+  ),
+  inflight(
+    "a record beyond its file",
+    /SET_INFLIGHT_FD: 8192 bytes at 4096 of a file of 8192/,
+    inflightWords(8192n, 4096n, 1, 64),
+  ),
+  inflight(
+    "a record of an absurd size",
+    /SET_INFLIGHT_FD: 184\d+ bytes at 0/,
+    inflightWords((1n << 64n) - 1n, 0n, 1, 64),
+  ),
+  inflight(
+    "a record that starts in a page",
+    /SET_INFLIGHT_FD: .* does not start on a page/,
+    inflightWords(2048n, 100n, 1, 64),
+  ),
+  inflight(
+    "a record without a descriptor",
+    /SET_INFLIGHT_FD: 0 descriptors, expected 1/,
+    inflightWords(8192n, 0n, 1, 64),
+    0,
+  ),
+  inflight("a short record", /SET_INFLIGHT_FD has 16 bytes of payload, expected at least 20/, words(0n, 0n)),
+  {
+    name: "a record that is no memory",
+    report: /SET_INFLIGHT_FD: \/dev\/null is not a memory file/,
+    act: accepted(
+      PROTOCOL.INFLIGHT_SHMFD,
+      opened("/dev/null", "r+", (frontEnd, fd) =>
+        frontEnd.send(REQUEST.SET_INFLIGHT_FD, inflightWords(8192n, 0n, 1, 64), { fds: [fd] }),
+      ),
+    ),
+  },
+  {
+    name: "a ring that is larger than its record",
+    report: /ring 0 has 64 entries, and its table of chains in flight 32/,
+    act: accepted(PROTOCOL.INFLIGHT_SHMFD, (frontEnd, driver) => {
+      const fd = native.memfd("test-guest", 8192);
+      frontEnd.send(REQUEST.SET_INFLIGHT_FD, inflightWords(8192n, 0n, 1, 32), { fds: [fd] });
+      native.close(fd);
+      driver.setUp(frontEnd);
+    }),
+  },
+];
+
 const cases: Case[] = [
+  ...slotCases,
   message(
     "a short payload",
     /SET_FEATURES has 4 bytes of payload, expected 8/,
@@ -162,9 +324,9 @@ const cases: Case[] = [
   ),
   message(
     "protocol features that were never offered",
-    /SET_PROTOCOL_FEATURES accepts bits 12, never offered/,
+    /SET_PROTOCOL_FEATURES accepts bits 2, never offered/,
     REQUEST.SET_PROTOCOL_FEATURES,
-    words(1n << 12n),
+    words(1n << 2n),
   ),
 
   // Rings that do not exist, or make none.
