@@ -14,6 +14,21 @@ const test = testWith(...qemuPrograms, ["fio", "fio"]);
 
 const checkout = path.resolve(import.meta.dirname, "../..");
 const diskMiB = 64;
+
+/** On a disk: /tmp may be memory, which knows no O_DIRECT. Direct writes complete out of order, cached ones do not. */
+const diskFolder = fs.existsSync("/var/tmp") ? "/var/tmp" : os.tmpdir();
+
+function knowsDirect(): boolean {
+  const file = path.join(diskFolder, `loopguest-direct-${process.pid}`);
+  try {
+    fs.closeSync(fs.openSync(file, fs.constants.O_CREAT | fs.constants.O_RDWR | fs.constants.O_DIRECT));
+    return true;
+  } catch {
+    return false;
+  } finally {
+    fs.rmSync(file, { force: true });
+  }
+}
 /** How often the server is killed, if the guest's work lasts so long. */
 const killsMax = process.env.LOOPGUEST_LONG ? 12 : 3;
 
@@ -30,7 +45,12 @@ exit $status
 `;
 
 const startServer = async (t: ExecutionContext, disk: string, socket: string): Promise<Child> => {
-  const argv = ["--import=tsx", "src/main.ts", "serve", `--block=${disk},socket=${socket}`];
+  const argv = [
+    "--import=tsx",
+    "src/main.ts",
+    "serve",
+    `--block=${disk},socket=${socket}${knowsDirect() ? ",direct" : ""}`,
+  ];
   const server = startChild(t, process.execPath, argv, { cwd: checkout });
   await untilListening(server, socket, 60_000);
   return server;
@@ -38,7 +58,7 @@ const startServer = async (t: ExecutionContext, disk: string, socket: string): P
 
 test("a guest's fio --verify runs on through kills of loopguest, and ends clean", async (t) => {
   t.timeout(600_000);
-  const folder = fs.mkdtempSync(path.join(os.tmpdir(), "loopguest-restart-"));
+  const folder = fs.mkdtempSync(path.join(diskFolder, "loopguest-restart-"));
   t.teardown(() => fs.rmSync(folder, { recursive: true, force: true }));
   const disk = path.join(folder, "vda.img");
   const socket = path.join(folder, "vda.sock");
