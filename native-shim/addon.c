@@ -122,6 +122,7 @@ NAPI_MODULE_INIT()
 	add_functions(env, exports, ring_functions);
 	add_functions(env, exports, sleep_functions);
 	add_functions(env, exports, epoll_functions);
+	add_functions(env, exports, lguest_functions);
 	add_functions(env, exports, file_functions);
 	add_functions(env, exports, packet_functions);
 	add_functions(env, exports, terminal_functions);

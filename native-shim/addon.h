@@ -32,6 +32,7 @@ extern const struct function memory_functions[];
 extern const struct function ring_functions[];
 extern const struct function sleep_functions[];
 extern const struct function epoll_functions[];
+extern const struct function lguest_functions[];
 extern const struct function file_functions[];
 extern const struct function packet_functions[];
 extern const struct function terminal_functions[];

@@ -8,7 +8,7 @@ import type { Services } from "./devices.ts";
 import { onResize, rawTerminal, terminalSize } from "./terminal.ts";
 
 export const STDIN = 0;
-const STDOUT = 1;
+export const STDOUT = 1;
 const STDERR = 2;
 
 /** Exit status after three ^C: as if SIGINT had ended us. */

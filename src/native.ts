@@ -17,6 +17,9 @@ export type Sleeper = { readonly _: unique symbol };
 /** The native side of the completion queue on epoll. */
 export type Place = { readonly __: unique symbol };
 
+/** The thread that is an lguest guest's CPU. */
+export type LguestCpu = { readonly ___: unique symbol };
+
 export interface Native {
   /** Maps `length` bytes of `fd` from `offset`, shared; fd -1 is private anonymous memory. Returns the address. */
   mmap(fd: number, offset: number, length: number, writable: boolean): number;
@@ -49,6 +52,26 @@ export interface Native {
   epollPool(place: Place, slot: number): void;
   /** Takes back what no thread of the pool has begun: it completes with -ECANCELED. */
   epollCancel(place: Place, slot: number): void;
+
+  /** Initialises a guest at `base` and runs it in a thread of its own; see native-shim/lguest.c. */
+  lguestStart(
+    fd: number,
+    eventFd: number,
+    shared: number,
+    base: number,
+    pfnLimit: number,
+    entry: number,
+  ): LguestCpu;
+  /** What the guest notified of is done: it runs on. */
+  lguestGoOn(cpu: LguestCpu): void;
+  /** Asks the thread to end. To be repeated until it tells that it has. */
+  lguestStop(cpu: LguestCpu): void;
+  /** Takes away a thread that has told its end. */
+  lguestEnd(cpu: LguestCpu): void;
+  /** 0 or -errno. */
+  lguestInterrupt(fd: number, irq: number): number;
+  /** From now on a NOTIFY on this address signals the eventfd: 0 or -errno. */
+  lguestAttach(fd: number, address: number, eventFd: number): number;
 
   /** Makes this ring, or this epoll queue, the place where the process sleeps; see native-shim/sleep.c. */
   sleepStart(place: number | Place, words: Float64Array, turn: () => void): Sleeper;

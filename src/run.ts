@@ -11,6 +11,7 @@ import type { Services } from "./devices.ts";
 import { openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
 import { RunError } from "./run-error.ts";
+import { canRunLguest, startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
@@ -37,10 +38,14 @@ function start(services: Services, command: RunCommand, devices: readonly Virtio
   return Effect.gen(function* () {
     switch (command.hypervisor) {
       case "auto":
+        return canRunLguest(command)
+          ? yield* startOnLguest(services, command, devices)
+          : yield* startOnUml(services, command, devices);
       case "uml":
         return yield* startOnUml(services, command, devices);
-      case "kvm":
       case "lguest":
+        return yield* startOnLguest(services, command, devices);
+      case "kvm":
         return yield* new RunError({
           message: `--hypervisor=${command.hypervisor} is not there yet in this version of loopguest; take uml`,
         });
@@ -58,6 +63,9 @@ function exitStatus({ reporter }: Services, exit: GuestExit, own: number | undef
     case "panic":
       for (const line of exit.lastWords) reporter.report(`guest: ${line}`);
       reporter.report(`the guest panicked: ${exit.message}`);
+      return GUEST_FAILED;
+    case "died":
+      reporter.report(`the guest died: ${exit.message}`);
       return GUEST_FAILED;
     case "killed":
       for (const line of exit.lastWords.slice(-LAST_WORDS)) reporter.report(`guest: ${line}`);

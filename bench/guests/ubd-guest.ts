@@ -39,6 +39,7 @@ const program = Effect.gen(function* () {
       stats: undefined,
       verbose: false,
       hypervisor: "uml",
+      lguestDevice: undefined,
     },
   );
 });

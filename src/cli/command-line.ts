@@ -74,6 +74,8 @@ export interface RunCommand {
   readonly stats: string | undefined;
   readonly verbose: boolean;
   readonly hypervisor: HypervisorChoice;
+  /** What stands in for /dev/lguest. */
+  readonly lguestDevice: string | undefined;
 }
 
 /** `loopguest serve`: devices for another virtual machine monitor, at least one of them. */
@@ -174,6 +176,7 @@ const parseRun = (argv: readonly string[]): Command => {
         "where the guest's CPU comes from; auto takes what works here",
       ),
     )
+    .addOption(single("--lguest-device <PATH>", "a device that speaks lguest's ABI, in place of /dev/lguest"))
     .addOption(
       single("--root <DIR[,rw]>", "the host folder that is the default guest's root; rw writes to it"),
     )
@@ -218,7 +221,12 @@ const toRun = (options: ParsedOptions, positionals: readonly string[]): RunComma
     stats: text(options, "stats"),
     verbose: options.verbose === true,
     hypervisor: readHypervisor(text(options, "hypervisor")),
+    lguestDevice: text(options, "lguestDevice"),
   };
+  const { hypervisor, lguestDevice } = command;
+  if (lguestDevice !== undefined && hypervisor !== "auto" && hypervisor !== "lguest") {
+    throw usage(`--lguest-device is for --hypervisor=lguest, not for ${hypervisor}.`);
+  }
   if (command.kernel === undefined) {
     if (command.initrd !== undefined) {
       throw usage("--initrd needs a kernel, because the default guest brings its own initramfs.");
@@ -510,7 +518,19 @@ type CommandName = "run" | "serve" | "doctor";
 
 /** Which command knows which option: for the message when one is given to the wrong command. */
 const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
-  run: ["block", "tunnet", "rng", "initrd", "hypervisor", "root", "exec", "completion", "stats", "verbose"],
+  run: [
+    "block",
+    "tunnet",
+    "rng",
+    "initrd",
+    "hypervisor",
+    "lguest-device",
+    "root",
+    "exec",
+    "completion",
+    "stats",
+    "verbose",
+  ],
   serve: ["block", "tunnet", "rng", "console", "completion", "stats", "verbose"],
   doctor: ["json"],
 };
@@ -580,7 +600,7 @@ const repeated = (flags: string, description: string): Option => {
 
 /** `--block --verbose` has lost a value; taking the next option for it would hide that. */
 const checkValue = (option: Option, value: string): string => {
-  const swallowed = /^--([a-z]+)(=|$)/.exec(value)?.[1] ?? "";
+  const swallowed = /^--([a-z-]+)(=|$)/.exec(value)?.[1] ?? "";
   if (value === "") throw usage(`--${option.name()} has no value.`);
   if (Object.values(optionsOf).some((names) => names.includes(swallowed))) {
     throw usage(`--${option.name()} has no value: "${value}" is an option itself.`);
@@ -611,7 +631,7 @@ const parseWith = (
 
 /** One line from the parser's own complaint. */
 const explain = (error: CommanderError, command: CommandName): UsageError => {
-  const unknown = error.code === "commander.unknownOption" ? /'--([a-z]+)(=|')/.exec(error.message) : null;
+  const unknown = error.code === "commander.unknownOption" ? /'--([a-z-]+)(=|')/.exec(error.message) : null;
   if (unknown !== null) {
     const name = unknown[1];
     if (optionsOf[command].includes(name)) return usage(`--${name} takes no value.`);
@@ -619,7 +639,7 @@ const explain = (error: CommanderError, command: CommandName): UsageError => {
     if (owner !== undefined) return usage(`--${name} belongs to loopguest ${owner}, not to ${command}.`);
   }
   if (error.code === "commander.optionMissingArgument") {
-    return usage(`${/'(?:-\w, )?(--[a-z]+)/.exec(error.message)?.[1]} has no value.`);
+    return usage(`${/'(?:-\w, )?(--[a-z-]+)/.exec(error.message)?.[1]} has no value.`);
   }
   const line = error.message.replace(/^error: /, "").replace(/\s*\n\s*/g, " ");
   return usage(`${line.charAt(0).toUpperCase()}${line.slice(1)}${/[.)?]$/.test(line) ? "" : "."}`);

@@ -54,6 +54,7 @@ test("nothing at all is the default guest", (t) => {
     stats: undefined,
     verbose: false,
     hypervisor: "auto",
+    lguestDevice: undefined,
   });
   t.deepEqual(run("run"), run());
 });
@@ -78,6 +79,7 @@ test("every option of run arrives in its field", (t) => {
     stats: "-",
     verbose: true,
     hypervisor: "uml",
+    lguestDevice: undefined,
   });
   t.deepEqual(run("--root=/srv/tree,rw").root, { dir: "/srv/tree", writable: true });
   t.deepEqual(run("--root=a,b").root, { dir: "a,b", writable: false });
