@@ -126,5 +126,6 @@ NAPI_MODULE_INIT()
 	add_functions(env, exports, file_functions);
 	add_functions(env, exports, packet_functions);
 	add_functions(env, exports, terminal_functions);
+	add_functions(env, exports, kvm_functions);
 	return exports;
 }

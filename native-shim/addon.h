@@ -36,6 +36,7 @@ extern const struct function lguest_functions[];
 extern const struct function file_functions[];
 extern const struct function packet_functions[];
 extern const struct function terminal_functions[];
+extern const struct function kvm_functions[];
 
 struct args get_args(napi_env env, napi_callback_info info);
 /* Numbers are doubles in JavaScript: addresses and sizes below 2^53 pass unchanged. */

@@ -8,7 +8,10 @@
     {
       # The Node-API addon: only what JavaScript cannot do.
       "target_name": "loopguest_native",
-      "sources": ["addon.c", "memory.c", "ring.c", "epoll.c", "operation.c", "pool.c", "lguest.c", "sleep.c", "files.c", "packets.c", "terminal.c"],
+      "sources": [
+        "addon.c", "memory.c", "ring.c", "epoll.c", "operation.c", "pool.c", "lguest.c", "kvm.c", "sleep.c", "files.c",
+        "packets.c", "terminal.c"
+      ],
       "defines": ["NAPI_VERSION=8"]
     },
     {

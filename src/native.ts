@@ -131,6 +131,17 @@ export interface Native {
   terminalRaw(fd: number): number;
   terminalRestore(): void;
   isTerminal(fd: number): boolean;
+
+  /** Runs a vCPU in a thread of its own; the index of its box, or -errno. See native-shim/kvm.c. */
+  vcpuStart(fd: number, runBytes: number, eventFd: number): number;
+  /** The vCPU's box holds the answer to what it asked. */
+  vcpuAnswer(index: number): void;
+  /** Asks the thread to end; it says in its box, and by the eventfd, when it has. */
+  vcpuStop(index: number): void;
+  /** Frees the index of a thread that has ended. */
+  vcpuJoin(index: number): void;
+  /** The boxes of all vCPUs. */
+  vcpuBoxes(): ArrayBuffer;
 }
 
 /** The words that sleep.c shares with the loop (enum control). */

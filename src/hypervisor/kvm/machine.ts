@@ -1,0 +1,273 @@
+/**
+ * A PC of ours on KVM: memory, CPUs, a PCI bus with the devices, a serial port, and the registers that power it off.
+ * It runs from the moment it is made until its scope ends.
+ *
+ * Addresses: memory from 0 (up to 3 GiB) and from 4 GiB on; in the hole between them BARs, then the interrupt
+ * controllers of the kernel.
+ */
+import * as Deferred from "effect/Deferred";
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import type { AcpiMachine } from "../../boot/acpi.ts";
+import { RESET_VALUE, SLEEP_ENABLE, SLEEP_TYPE_OFF } from "../../boot/acpi.ts";
+import { HOLE_START, splitMemory } from "../../boot/pc.ts";
+import type { EventLoop } from "../../loop/event-loop.ts";
+import { GuestMemory, MemoryRegion } from "../../memory/guest-memory.ts";
+import { check, native } from "../../native.ts";
+import { PCI_PORT, PCI_PORTS, PciRoot } from "../../transport/pci/root.ts";
+import { BAR_BYTES, VirtioPci } from "../../transport/pci/virtio-pci.ts";
+import type { VirtioDevice } from "../../virtio/device.ts";
+import type { QueueCounters } from "../../virtio/queue-runner.ts";
+import { Bus, written } from "./bus.ts";
+import { type CpuEntry, setEntry, setLocalInterrupts, setMsrs } from "./cpu-state.ts";
+import { filterCpuid } from "./cpuid.ts";
+import { CAP, EXIT, KVM, kvmCall } from "./ioctls.ts";
+import { SERIAL_INTERRUPT, SERIAL_PORT, SERIAL_PORTS, SerialPort } from "./serial.ts";
+import { type Access, type CpuEnd, type ExitCounters, Vcpus } from "./vcpus.ts";
+import { Vm } from "./vm.ts";
+
+/** Ours by choice, in a range that no PC uses. */
+const SLEEP_CONTROL_PORT = 0x600;
+const SLEEP_STATUS_PORT = 0x601;
+const RESET_PORT = 0x604;
+/** Where PCs have always had theirs: the chipset's reset, and the keyboard controller with its reset line. */
+const CHIPSET_RESET_PORT = 0xcf9;
+const KEYBOARD_PORT = 0x64;
+const KEYBOARD_RESET = 0xfe;
+
+/** BARs, from the hole's start; the interrupt controllers are at 0xfec00000 and 0xfee00000. */
+const BARS = HOLE_START + 0x10000000;
+const PCI_MEMORY_END = 0xfebfffff;
+const IOAPIC_ADDRESS = 0xfec00000;
+const LOCAL_APIC_ADDRESS = 0xfee00000;
+
+/** What the ACPI tables have to say about a machine with so many CPUs. */
+export const acpiMachine = (cpus: number): AcpiMachine => ({
+  cpus,
+  sleepControlPort: SLEEP_CONTROL_PORT,
+  sleepStatusPort: SLEEP_STATUS_PORT,
+  resetPort: RESET_PORT,
+  ioApicAddress: IOAPIC_ADDRESS,
+  localApicAddress: LOCAL_APIC_ADDRESS,
+  serialPort: SERIAL_PORT,
+  serialInterrupt: SERIAL_INTERRUPT,
+  pciMemory: [HOLE_START, PCI_MEMORY_END],
+});
+
+/** How a machine stopped by itself. */
+export type MachineEnd =
+  | { readonly kind: "power-off" }
+  | { readonly kind: "reset" }
+  /** A CPU can run no more; one line that says which, why and where. */
+  | { readonly kind: "stopped"; readonly message: string };
+
+export interface MachineDevice {
+  readonly device: VirtioDevice;
+  /** One for each queue; they outlive the machine. */
+  readonly counters: readonly QueueCounters[];
+}
+
+export interface MachineOptions {
+  readonly loop: EventLoop;
+  readonly memoryMiB: number;
+  readonly cpus: number;
+  readonly devices: readonly MachineDevice[];
+  /** Puts what runs into the memory, and says how the first CPU begins. */
+  readonly load: (memory: GuestMemory) => CpuEntry;
+  /** What the guest sends to its serial port. */
+  readonly onSerial: (byte: number) => void;
+  readonly report: (line: string) => void;
+  readonly trace: ((line: string) => void) | undefined;
+}
+
+export interface Machine {
+  readonly end: Effect.Effect<MachineEnd>;
+  readonly exits: ExitCounters;
+  readonly serial: SerialPort;
+}
+
+/** Makes a machine and lets it run. @throws (as a defect never) Error of KVM or memory, turned into `message` lines */
+export function runMachine(options: MachineOptions): Effect.Effect<Machine, Error, Scope.Scope> {
+  return Effect.gen(function* () {
+    const memory = yield* acquire(
+      () => openMemory(options.memoryMiB),
+      (one) => Effect.sync(() => one.close()),
+    );
+    const vm = yield* acquire(
+      () => new Vm(),
+      (one) => Effect.sync(() => one.close()),
+    );
+    yield* attempt(() => {
+      vm.createInterruptControllers();
+      vm.setMemory(memory);
+    });
+    const entry = yield* attempt(() => options.load(memory));
+    const end = yield* Deferred.make<MachineEnd>();
+    const stopped = (how: MachineEnd): void => {
+      Deferred.doneUnsafe(end, Effect.succeed(how));
+    };
+    const root = yield* plugDevices(options, vm, memory);
+    const serial = yield* openSerial(options, vm);
+    const buses = wire(root, serial, stopped);
+    const vcpus = yield* acquire(
+      () =>
+        new Vcpus(options.loop, {
+          access: (access) => (access.kind === "port" ? buses.ports : buses.memory).access(access),
+          ended: (cpuEnd) => stopped(explainEnd(cpuEnd)),
+        }),
+      (one) => one.stop,
+    );
+    yield* attempt(() => startCpus(vm, vcpus, options.cpus, entry));
+    return { end: Deferred.await(end), exits: vcpus.counters, serial };
+  });
+}
+
+const attempt = <A>(body: () => A): Effect.Effect<A, Error> =>
+  Effect.try({ try: body, catch: (error) => error as Error });
+
+const acquire = <A>(make: () => A, release: (one: A) => Effect.Effect<void>) =>
+  Effect.acquireRelease(attempt(make), release);
+
+function openMemory(memoryMiB: number): GuestMemory {
+  const bytes = memoryMiB * 2 ** 20;
+  const fd = native.memfd("guest", bytes);
+  const regions: MemoryRegion[] = [];
+  try {
+    let fileOffset = 0;
+    for (const part of splitMemory(bytes)) {
+      regions.push(
+        new MemoryRegion(fd, {
+          guestBase: part.address,
+          size: part.bytes,
+          userBase: part.address,
+          fileOffset,
+        }),
+      );
+      fileOffset += part.bytes;
+    }
+    return new GuestMemory(regions);
+  } catch (error) {
+    for (const region of regions) region.close();
+    throw error;
+  } finally {
+    native.close(fd);
+  }
+}
+
+function plugDevices({ loop, devices, report, trace }: MachineOptions, vm: Vm, memory: GuestMemory) {
+  return Effect.gen(function* () {
+    const root = new PciRoot();
+    for (const [i, { device, counters }] of devices.entries()) {
+      const barAddress = BARS + i * BAR_BYTES;
+      const parts = { loop, host: vm, memory, device, counters, barAddress, report, trace };
+      const one = yield* acquire(
+        () => new VirtioPci(parts),
+        (plugged) => plugged.close,
+      );
+      yield* attempt(() => root.add(one));
+    }
+    return root;
+  });
+}
+
+function openSerial({ onSerial }: MachineOptions, vm: Vm) {
+  return Effect.map(
+    acquire(
+      () => {
+        const fd = check(native.eventfd(), "eventfd");
+        vm.connectInterrupt(SERIAL_INTERRUPT, fd);
+        return fd;
+      },
+      (fd) => Effect.sync(() => native.close(fd)),
+    ),
+    (fd) => new SerialPort({ send: onSerial, interrupt: () => void native.signal(fd) }),
+  );
+}
+
+/** Who answers at which port and address. */
+function wire(
+  root: PciRoot,
+  serial: SerialPort,
+  stopped: (how: MachineEnd) => void,
+): { ports: Bus; memory: Bus } {
+  const ports = new Bus();
+  ports.add(SERIAL_PORT, SERIAL_PORTS, serial.access);
+  onWrite(ports, SLEEP_CONTROL_PORT, (value) => {
+    if (value === ((SLEEP_TYPE_OFF << 2) | SLEEP_ENABLE)) stopped({ kind: "power-off" });
+  });
+  // Asleep, or about to be: the one bit that says so is not ours to set.
+  ports.add(SLEEP_STATUS_PORT, 1, (access) => access.data.setUint8(0, 0));
+  onWrite(ports, RESET_PORT, (value) => {
+    if (value === RESET_VALUE) stopped({ kind: "reset" });
+  });
+  onWrite(ports, KEYBOARD_PORT, (value) => {
+    if (value === KEYBOARD_RESET) stopped({ kind: "reset" });
+  });
+  ports.add(PCI_PORT, PCI_PORTS, (access, offset) => {
+    if (PCI_PORT + offset === CHIPSET_RESET_PORT && access.size === 1) {
+      if (access.isWrite && (written(access) & 4) !== 0) stopped({ kind: "reset" });
+    } else if (access.isWrite) {
+      root.writePort(offset, access.size, written(access));
+    } else {
+      access.data.setUint32(0, root.readPort(offset, access.size), true);
+    }
+  });
+  const memory = new Bus();
+  memory.add(HOLE_START, PCI_MEMORY_END + 1 - HOLE_START, (access) => accessBar(root, access));
+  return { ports, memory };
+}
+
+function onWrite(bus: Bus, port: number, act: (value: number) => void): void {
+  bus.add(port, 1, (access) => {
+    if (access.isWrite && access.size === 1) act(written(access));
+  });
+}
+
+/** Registers are of four bytes at most; an access of eight is two of them. */
+function accessBar(root: PciRoot, access: Access): void {
+  const { address, size, data } = access;
+  const step = Math.min(4, size);
+  for (let i = 0; i < size; i += step) {
+    const one = root.at(address + i, step);
+    const bar = one?.barAddress;
+    if (one === undefined || bar === undefined) continue;
+    const offset = address + i - bar;
+    if (access.isWrite) one.writeBar(offset, step, valueAt(data, i, step));
+    else data.setUint32(i, one.readBar(offset, step), true);
+  }
+}
+
+function valueAt(data: DataView, at: number, size: number): number {
+  if (size === 1) return data.getUint8(at);
+  return size === 2 ? data.getUint16(at, true) : data.getUint32(at, true);
+}
+
+function startCpus(vm: Vm, vcpus: Vcpus, cpus: number, entry: CpuEntry): void {
+  const supported = vm.supportedCpuid();
+  const tscDeadline = vm.has(CAP.TSC_DEADLINE_TIMER);
+  const fds = Array.from({ length: cpus }, (_, cpu) => {
+    const fd = vm.createVcpu(cpu);
+    kvmCall(fd, KVM.SET_CPUID2, filterCpuid(supported, { cpu, cpus, tscDeadline }), "KVM_SET_CPUID2");
+    setMsrs(fd);
+    setLocalInterrupts(fd);
+    // The others wait for the first to wake them, as the kernel's local APIC has it.
+    if (cpu === 0) setEntry(fd, entry);
+    return fd;
+  });
+  for (const fd of fds) vcpus.start(fd, vm.runBytes);
+}
+
+const REASONS: Readonly<Record<number, string>> = {
+  [EXIT.SHUTDOWN]: "triple fault",
+  [EXIT.FAIL_ENTRY]: "the processor refuses its state",
+  [EXIT.INTERNAL_ERROR]: "KVM cannot go on",
+  [EXIT.HLT]: "halted without an interrupt controller",
+  [EXIT.RUN_FAILED]: "KVM_RUN failed",
+};
+
+function explainEnd(end: CpuEnd): MachineEnd {
+  const reason = REASONS[end.kind] ?? `exit reason ${end.kind}`;
+  const detail = end.detail === 0 ? "" : `, code ${end.detail}`;
+  const message = `CPU ${end.cpu}: ${reason}${detail}, at rip ${end.rip}, last seen at ${end.lastRip}`;
+  return { kind: "stopped", message };
+}
