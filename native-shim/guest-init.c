@@ -531,6 +531,31 @@ static void switch_root(void)
 		fail("cannot switch to the new root: %s", strerror(errno));
 }
 
+/* ---- no root but the initramfs: busybox is all there is ---- */
+
+static bool root_is_initramfs(void)
+{
+	return config.root_fstype && !strcmp(config.root_fstype, "initramfs");
+}
+
+/* Makes busybox's commands, and the folders that a root has. */
+static void furnish_initramfs(void)
+{
+	static const char *const folders[] = { "/usr", "/usr/bin", "/usr/sbin", "/sbin", "/etc",
+					       "/root", "/tmp", "/mnt", "/run", "/dev/pts", "/dev/shm" };
+
+	for (size_t i = 0; i < sizeof(folders) / sizeof(folders[0]); i++)
+		make_dir(folders[i]);
+	pid_t child = fork();
+	if (child == 0) {
+		execl("/bin/busybox", "busybox", "--install", "-s", NULL);
+		_exit(127);
+	}
+	int status = -1;
+	if (child < 0 || waitpid(child, &status, 0) < 0 || status != 0)
+		fail("the initramfs holds no busybox that runs");
+}
+
 /* ---- a root of the user's own: its init takes over ---- */
 
 /* A shell as init gets a controlling terminal; a real init opens its own, and must not get our signals. */
@@ -982,7 +1007,9 @@ static void welcome(void)
 		config.memory_mib ? config.memory_mib : "?");
 	list_devices("/sys/block", "size", true);
 	list_devices("/sys/class/net", "address", false);
-	if (config.overlay)
+	if (root_is_initramfs())
+		dprintf(console_fd, "  /  is memory: what you write vanishes at power-off\n");
+	else if (config.overlay)
 		dprintf(console_fd,
 			"  /  is the host's %s, below a throw-away layer: what you write vanishes at power-off\n",
 			root);
@@ -1239,9 +1266,13 @@ int main(int argc, char **argv)
 		switch_root();
 		run_named_init(argv);
 	}
-	mount_shared_root();
+	if (root_is_initramfs())
+		furnish_initramfs();
+	else
+		mount_shared_root();
 	open_console(!config.command || config.exec_console);
-	switch_root();
+	if (!root_is_initramfs())
+		switch_root();
 	prepare_default_guest();
 	block_signals(&signals);
 	int signal_fd = signalfd(-1, &signals, SFD_NONBLOCK | SFD_CLOEXEC);

@@ -17,6 +17,7 @@ import type { Reporter } from "./reporter.ts";
 import type { StatsRegistry } from "./stats.ts";
 import { listen, type SocketError, type VhostUserServer } from "./transport/vhost-user/server.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
+import type { QueueCounters } from "./virtio/queue-runner.ts";
 
 /** What everything that serves devices needs. */
 export interface Services {
@@ -93,13 +94,18 @@ export function serveAt(
   device: VirtioDevice,
   path: string,
 ): Effect.Effect<VhostUserServer, SocketError, Scope.Scope> {
-  const { opened, reporter, stats } = services;
+  const { opened, reporter } = services;
   const { report, trace } = reporter;
   return Effect.map(listen({ loop: opened.loop, device, report, trace, path }), (server) => {
-    const block = device instanceof BlockDevice ? { block: device.counters } : {};
-    const rng = device instanceof RngDevice ? { rng: device.counters } : {};
-    const net = device instanceof NetDevice ? { net: device.counters } : {};
-    stats.push({ name: device.name, queues: server.counters, ...block, ...net, ...rng });
+    enterStats(services, device, server.counters);
     return server;
   });
+}
+
+/** Makes a device's counters, and those of its queues, a part of the statistics. */
+export function enterStats({ stats }: Services, device: VirtioDevice, queues: readonly QueueCounters[]): void {
+  const block = device instanceof BlockDevice ? { block: device.counters } : {};
+  const rng = device instanceof RngDevice ? { rng: device.counters } : {};
+  const net = device instanceof NetDevice ? { net: device.counters } : {};
+  stats.push({ name: device.name, queues, ...block, ...net, ...rng });
 }

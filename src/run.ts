@@ -11,6 +11,7 @@ import type { Services } from "./devices.ts";
 import { openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
 import { RunError } from "./run-error.ts";
+import { startOnKvm } from "./run-kvm.ts";
 import { canRunLguest, startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
@@ -43,12 +44,10 @@ function start(services: Services, command: RunCommand, devices: readonly Virtio
           : yield* startOnUml(services, command, devices);
       case "uml":
         return yield* startOnUml(services, command, devices);
+      case "kvm":
+        return yield* startOnKvm(services, command, devices);
       case "lguest":
         return yield* startOnLguest(services, command, devices);
-      case "kvm":
-        return yield* new RunError({
-          message: `--hypervisor=${command.hypervisor} is not there yet in this version of loopguest; take uml`,
-        });
     }
   });
 }
@@ -70,6 +69,10 @@ function exitStatus({ reporter }: Services, exit: GuestExit, own: number | undef
     case "killed":
       for (const line of exit.lastWords.slice(-LAST_WORDS)) reporter.report(`guest: ${line}`);
       reporter.report(`the guest was killed by ${exit.signal}`);
+      return GUEST_FAILED;
+    case "cpu-stopped":
+      for (const line of exit.lastWords) reporter.report(`guest: ${line}`);
+      reporter.report(`the guest stopped: ${exit.message}`);
       return GUEST_FAILED;
     case "failed-to-start":
       reporter.report(`the guest did not start: ${exit.message}`);

@@ -6,6 +6,7 @@ import type * as Scope from "effect/Scope";
 import type { BlockCounters } from "./device/block.ts";
 import type { NetCounters } from "./device/net-backend.ts";
 import type { RngCounters } from "./device/rng.ts";
+import type { ExitCounters } from "./hypervisor/kvm/vcpus.ts";
 import { LineWriter } from "./loop/line-writer.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
 import type { QueueCounters } from "./virtio/queue-runner.ts";
@@ -21,6 +22,8 @@ export interface DeviceStats {
   readonly block?: BlockCounters;
   readonly net?: NetCounters;
   readonly rng?: RngCounters;
+  /** The CPUs of a guest on KVM: accesses that left the kernel. */
+  readonly exits?: ExitCounters;
 }
 
 /** Devices enter themselves here as they are made; counters are read, never copied, until a line is written. */

@@ -34,7 +34,7 @@ import type { LoadedModule } from "./modules.ts";
 
 /** What the guest mounts as its root, as mount(2) wants it. */
 export interface GuestRoot {
-  /** `hostfs` under User-Mode Linux; `9p` or `virtiofs` where the files come over virtio. */
+  /** `hostfs` under User-Mode Linux; `9p` or `virtiofs` where the files come over virtio; or `initramfs`. */
   readonly fstype: string;
   /** mount(2)'s source: a tag for 9p and virtiofs, nothing for hostfs. */
   readonly source?: string;
@@ -61,6 +61,9 @@ export const hostfsRoot = (dir: string, access: GuestRoot["access"]): GuestRoot 
 export type GuestNet =
   | { readonly kind: "static"; readonly address: string; readonly prefix: number; readonly gateway: string }
   | { readonly kind: "dhcp" | "auto" };
+
+/** No other root than this archive itself, which then has to hold what the guest runs: busybox. */
+export const initramfsRoot: GuestRoot = { fstype: "initramfs", access: "rw", name: "initramfs" };
 
 /** What the guest is told. Each text but `exec` and `env` fits a line. */
 export interface GuestConfig {
@@ -96,6 +99,8 @@ export interface InitramfsInput {
   /** In the order of loading. */
   readonly modules: ReadonlyArray<LoadedModule>;
   readonly config: GuestConfig;
+  /** The bytes of a static busybox, which guest-init installs: for {@link initramfsRoot}. */
+  readonly busybox?: Uint8Array;
 }
 
 /** A configuration which cannot be written down. */
@@ -134,6 +139,9 @@ export function buildInitramfs(input: InitramfsInput): Buffer {
     text("/loopguest/config", configText(config, input.modules.map(modulePath))),
     text("/loopguest/env", environmentText(config.env ?? {})),
   ];
+  if (input.busybox !== undefined) {
+    entries.push({ kind: "file", path: "/bin/busybox", data: input.busybox, mode: 0o755 });
+  }
   if (config.exec !== undefined) entries.push(text("/loopguest/exec", commandText(config.exec)));
   return writeCpio(entries);
 }

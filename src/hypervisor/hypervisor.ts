@@ -11,4 +11,6 @@ export type GuestExit =
   /** Something ended it: we (`SIGKILL`), somebody else, or the host's kernel. */
   | { readonly kind: "killed"; readonly signal: string; readonly lastWords: ReadonlyArray<string> }
   /** It did not get as far as a shell or a command; `message` is one line that says why. */
-  | { readonly kind: "failed-to-start"; readonly message: string; readonly lastWords: ReadonlyArray<string> };
+  | { readonly kind: "failed-to-start"; readonly message: string; readonly lastWords: ReadonlyArray<string> }
+  /** Its processor can run no more (a triple fault, say); `message` says which, why and where. */
+  | { readonly kind: "cpu-stopped"; readonly message: string; readonly lastWords: ReadonlyArray<string> };

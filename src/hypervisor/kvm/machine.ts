@@ -76,17 +76,18 @@ export interface MachineOptions {
   readonly load: (memory: GuestMemory) => CpuEntry;
   /** What the guest sends to its serial port. */
   readonly onSerial: (byte: number) => void;
+  /** Counted in; it outlives the machine. */
+  readonly exits: ExitCounters;
   readonly report: (line: string) => void;
   readonly trace: ((line: string) => void) | undefined;
 }
 
 export interface Machine {
   readonly end: Effect.Effect<MachineEnd>;
-  readonly exits: ExitCounters;
   readonly serial: SerialPort;
 }
 
-/** Makes a machine and lets it run. @throws (as a defect never) Error of KVM or memory, turned into `message` lines */
+/** Makes a machine and lets it run. Fails with one line where KVM, the memory or the kernel do not allow it. */
 export function runMachine(options: MachineOptions): Effect.Effect<Machine, Error, Scope.Scope> {
   return Effect.gen(function* () {
     const memory = yield* acquire(
@@ -111,14 +112,14 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
     const buses = wire(root, serial, stopped);
     const vcpus = yield* acquire(
       () =>
-        new Vcpus(options.loop, {
+        new Vcpus(options.loop, options.exits, {
           access: (access) => (access.kind === "port" ? buses.ports : buses.memory).access(access),
           ended: (cpuEnd) => stopped(explainEnd(cpuEnd)),
         }),
       (one) => one.stop,
     );
     yield* attempt(() => startCpus(vm, vcpus, options.cpus, entry));
-    return { end: Deferred.await(end), exits: vcpus.counters, serial };
+    return { end: Deferred.await(end), serial };
   });
 }
 

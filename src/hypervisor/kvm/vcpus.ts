@@ -68,7 +68,7 @@ const words = new Int32Array(native.vcpuBoxes());
 const box = (index: number, word: number): number => index * BOX_WORDS + word;
 
 export class Vcpus {
-  readonly counters: ExitCounters = { ports: 0, memory: 0 };
+  readonly #exits: ExitCounters;
   readonly #loop: EventLoop;
   readonly #handlers: VcpuHandlers;
   readonly #eventFd: number;
@@ -77,7 +77,8 @@ export class Vcpus {
   #stopping: (() => void) | undefined;
   #pollEnded: (() => void) | undefined;
 
-  constructor(loop: EventLoop, handlers: VcpuHandlers) {
+  constructor(loop: EventLoop, exits: ExitCounters, handlers: VcpuHandlers) {
+    this.#exits = exits;
     this.#loop = loop;
     this.#handlers = handlers;
     this.#eventFd = check(native.eventfd(), "eventfd");
@@ -117,8 +118,8 @@ export class Vcpus {
   #answer(index: number): void {
     const at = box(index, 0);
     const kind = words[at + WORD.KIND] === EXIT.IO ? "port" : "memory";
-    if (kind === "port") this.counters.ports++;
-    else this.counters.memory++;
+    if (kind === "port") this.#exits.ports++;
+    else this.#exits.memory++;
     this.#handlers.access({
       kind,
       address: address(at + WORD.ADDRESS),

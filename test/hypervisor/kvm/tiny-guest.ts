@@ -11,6 +11,7 @@ import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { CpuEntry } from "../../../src/hypervisor/kvm/cpu-state.ts";
 import { type Machine, type MachineDevice, runMachine } from "../../../src/hypervisor/kvm/machine.ts";
+import type { ExitCounters } from "../../../src/hypervisor/kvm/vcpus.ts";
 import { openKvm } from "../../../src/hypervisor/kvm/vm.ts";
 import type { EventLoop } from "../../../src/loop/event-loop.ts";
 import type { GuestMemory } from "../../../src/memory/guest-memory.ts";
@@ -82,6 +83,7 @@ export interface TinyOptions {
 }
 
 export interface TinyGuest extends Machine {
+  readonly exits: ExitCounters;
   readonly memory: GuestMemory;
   /** What it has sent to its serial port. */
   readonly sent: () => string;
@@ -106,7 +108,9 @@ export function startTiny(
       options.prepare?.(memory);
       return { mode: "protected", rip: CODE, rsp: STACK };
     };
+    const exits = { ports: 0, memory: 0 };
     const machine = yield* runMachine({
+      exits,
       loop,
       memoryMiB: options.memoryMiB ?? 4,
       cpus: options.cpus ?? 1,
@@ -118,6 +122,7 @@ export function startTiny(
     });
     return {
       ...machine,
+      exits,
       memory: guestMemory as GuestMemory,
       sent: () => Buffer.from(bytes).toString("latin1"),
       reports,
