@@ -103,7 +103,11 @@ export function serveAt(
 }
 
 /** Makes a device's counters, and those of its queues, a part of the statistics. */
-export function enterStats({ stats }: Services, device: VirtioDevice, queues: readonly QueueCounters[]): void {
+export function enterStats(
+  { stats }: Services,
+  device: VirtioDevice,
+  queues: readonly QueueCounters[],
+): void {
   const block = device instanceof BlockDevice ? { block: device.counters } : {};
   const rng = device instanceof RngDevice ? { rng: device.counters } : {};
   const net = device instanceof NetDevice ? { net: device.counters } : {};

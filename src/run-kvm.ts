@@ -56,7 +56,11 @@ function obtainKernel({ kernel }: RunCommand): Effect.Effect<KvmKernel, KvmKerne
   if (kernel !== undefined) return Effect.succeed(givenKernel(kernel.path));
   return Effect.flatMap(findKvmKernel(), (found) =>
     found === undefined
-      ? Effect.fail(new KvmKernelError({ message: "no kernel for KVM is here: give one, loopguest 256 /boot/vmlinuz-…" }))
+      ? Effect.fail(
+          new KvmKernelError({
+            message: "no kernel for KVM is here: give one, loopguest 256 /boot/vmlinuz-…",
+          }),
+        )
       : Effect.succeed(found),
   );
 }
@@ -87,7 +91,12 @@ function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel
     const modules = yield* loadModules(services, command, kernel, wanted);
     const config = guestConfig(command, initramfsRoot);
     const busybox = command.kernel === undefined ? yield* readBusybox() : undefined;
-    return buildInitramfs({ guestInit: fs.readFileSync(guestInitPath()), modules, config, ...(busybox === undefined ? {} : { busybox }) });
+    return buildInitramfs({
+      guestInit: fs.readFileSync(guestInitPath()),
+      modules,
+      config,
+      ...(busybox === undefined ? {} : { busybox }),
+    });
   });
 }
 
@@ -100,7 +109,9 @@ function readBusybox(): Effect.Effect<Uint8Array, RunError> {
   const path = BUSYBOX_PLACES.find((place) => fs.existsSync(place));
   if (path !== undefined) return read("busybox", path);
   return Effect.fail(
-    new RunError({ message: "the default guest on KVM needs busybox: install busybox-static (Debian, Ubuntu)" }),
+    new RunError({
+      message: "the default guest on KVM needs busybox: install busybox-static (Debian, Ubuntu)",
+    }),
   );
 }
 

@@ -10,7 +10,6 @@ import type { RunCommand } from "./cli/command-line.ts";
 import type { Services } from "./devices.ts";
 import { openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
-import { RunError } from "./run-error.ts";
 import { startOnKvm } from "./run-kvm.ts";
 import { canRunLguest, startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";

@@ -42,7 +42,9 @@ export interface KvmGuest {
 export class KvmError extends Data.TaggedError("KvmError")<{ readonly message: string }> {}
 
 /** Starts the guest; everything of it is gone when the scope has ended. */
-export function startKvm(options: KvmOptions): Effect.Effect<KvmGuest, KvmError | KernelImageError, Scope.Scope> {
+export function startKvm(
+  options: KvmOptions,
+): Effect.Effect<KvmGuest, KvmError | KernelImageError, Scope.Scope> {
   return Effect.gen(function* () {
     const lines = new ConsoleLines(options.onConsoleLine);
     const first = yield* startLife(options, lines);
@@ -94,7 +96,11 @@ function startLife(options: KvmOptions, lines: ConsoleLines) {
 }
 
 /** Follows the guest from life to life until it ends for good. */
-function live(options: KvmOptions, lines: ConsoleLines, first: Life): Effect.Effect<GuestExit, never, Scope.Scope> {
+function live(
+  options: KvmOptions,
+  lines: ConsoleLines,
+  first: Life,
+): Effect.Effect<GuestExit, never, Scope.Scope> {
   return Effect.gen(function* () {
     let life = first;
     while (true) {
@@ -104,7 +110,8 @@ function live(options: KvmOptions, lines: ConsoleLines, first: Life): Effect.Eff
       if (how !== undefined) return how;
       options.trace?.("the guest resets itself: it is started again");
       const next = yield* Effect.exit(startLife(options, lines));
-      if (Exit.isFailure(next)) return { kind: "failed-to-start", message: "its reset failed", lastWords: [] } as const;
+      if (Exit.isFailure(next))
+        return { kind: "failed-to-start", message: "its reset failed", lastWords: [] } as const;
       life = next.value;
     }
   });
