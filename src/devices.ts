@@ -24,6 +24,8 @@ export interface Services {
   readonly opened: OpenLoop;
   readonly reporter: Reporter;
   readonly stats: StatsRegistry;
+  /** Somebody wants statistics: bytes and latencies are counted too. */
+  readonly measured: boolean;
 }
 
 /** "vda", "vdb", … "vdz", "vdaa", as Linux names them. */
@@ -94,9 +96,9 @@ export function serveAt(
   device: VirtioDevice,
   path: string,
 ): Effect.Effect<VhostUserServer, SocketError, Scope.Scope> {
-  const { opened, reporter } = services;
+  const { opened, reporter, measured } = services;
   const { report, trace } = reporter;
-  return Effect.map(listen({ loop: opened.loop, device, report, trace, path }), (server) => {
+  return Effect.map(listen({ loop: opened.loop, device, report, trace, path, measured }), (server) => {
     enterStats(services, device, server.counters);
     return server;
   });

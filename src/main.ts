@@ -12,6 +12,7 @@ import { findUmlKernel } from "./hypervisor/uml-kernel.ts";
 import { probeIoUring } from "./loop/io-uring.ts";
 import { type LoopTuning, type OpenLoop, openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
+import { serveMetrics } from "./metrics.ts";
 import { openReporter } from "./reporter.ts";
 import { run } from "./run.ts";
 import { serve } from "./serve.ts";
@@ -41,11 +42,17 @@ const program = Effect.gen(function* () {
 /** Opens the loop and what goes with it, then runs the guest or serves. */
 function withLoop(command: RunCommand | ServeCommand) {
   return Effect.gen(function* () {
-    const opened = yield* openLoop(scheduler, { ...tuning(), completion: command.completion });
+    const measured = command.stats !== undefined || command.metrics !== undefined;
+    const opened = yield* openLoop(scheduler, {
+      ...tuning(),
+      completion: command.completion,
+      timed: measured,
+    });
     const reporter = yield* openReporter(opened.loop, command.verbose);
     reporter.trace?.(completionLine(opened));
-    const services: Services = { opened, reporter, stats: [] };
+    const services: Services = { opened, reporter, stats: [], measured };
     yield* writeStats(opened, services.stats, command.stats);
+    yield* serveMetrics(opened, services.stats, command.metrics);
     return yield* command._tag === "Run" ? run(services, command) : serve(services, command);
   });
 }

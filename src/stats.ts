@@ -62,12 +62,31 @@ function openFile(file: string): Effect.Effect<number, StatsError, Scope.Scope> 
   );
 }
 
-function snapshot({ loop, sleeps }: OpenLoop, registry: StatsRegistry, start: number): object {
-  const { submitted, completed, enters } = loop.queue.counters;
+function snapshot(opened: OpenLoop, registry: StatsRegistry, start: number): object {
   return {
     time: new Date().toISOString(),
     seconds: Math.round(performance.now() - start) / 1000,
-    loop: { ...loop.counters, submitted, completed, enters, sleeps: sleeps() },
-    devices: registry,
+    loop: loopStats(opened),
+    devices: registry.map((device) => ({ ...device, queues: device.queues.map(queueStats) })),
   };
+}
+
+/** The loop's counters under one roof. */
+export function loopStats({ loop, sleeps, busySeconds }: OpenLoop): Record<string, number> {
+  const { submitted, completed, enters } = loop.queue.counters;
+  const busy = busySeconds();
+  return {
+    ...loop.counters,
+    submitted,
+    completed,
+    enters,
+    sleeps: sleeps(),
+    ...(busy === undefined ? {} : { busySeconds: busy }),
+  };
+}
+
+function queueStats({ latency, ...counters }: QueueCounters): object {
+  return latency === undefined
+    ? counters
+    : { ...counters, bytes: latency.bytes, latencyUs: latency.summary() };
 }

@@ -24,7 +24,7 @@ const program = Effect.gen(function* () {
   const opened = yield* openLoop(scheduler, { cpus: 2 });
   const reporter = yield* openReporter(opened.loop, false);
   return yield* run(
-    { opened, reporter, stats: [] },
+    { opened, reporter, stats: [], measured: false },
     {
       _tag: "Run",
       completion: "auto",
@@ -37,6 +37,7 @@ const program = Effect.gen(function* () {
       root: { dir: "/", writable: false },
       exec,
       stats: undefined,
+      metrics: undefined,
       verbose: false,
       hypervisor: "uml",
       lguestDevice: undefined,

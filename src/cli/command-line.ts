@@ -72,6 +72,8 @@ export interface RunCommand {
   readonly exec: string | undefined;
   /** Where the counters go; "-" is stderr. */
   readonly stats: string | undefined;
+  /** The Unix socket where they are offered to Prometheus. */
+  readonly metrics: string | undefined;
   readonly verbose: boolean;
   readonly hypervisor: HypervisorChoice;
   /** What stands in for /dev/lguest. */
@@ -88,6 +90,7 @@ export interface ServeCommand {
   /** The console is this process's stdin and stdout, so there can be only one. */
   readonly console: { readonly socket: string } | undefined;
   readonly stats: string | undefined;
+  readonly metrics: string | undefined;
   readonly verbose: boolean;
 }
 
@@ -219,6 +222,7 @@ const toRun = (options: ParsedOptions, positionals: readonly string[]): RunComma
     root: readRoot(text(options, "root")),
     exec: text(options, "exec"),
     stats: text(options, "stats"),
+    metrics: readMetrics(options),
     verbose: options.verbose === true,
     hypervisor: readHypervisor(text(options, "hypervisor")),
     lguestDevice: text(options, "lguestDevice"),
@@ -365,16 +369,18 @@ const toServe = (options: ParsedOptions): ServeCommand => {
       "loopguest serve needs at least one device: --block=FILE,socket=PATH, --tunnet=…,socket=PATH, --rng=socket=PATH or --console=socket=PATH.",
     );
   }
+  const metrics = readMetrics(options);
   refuseSharedSockets([
     ...blocks.map((block) => ({ what: `--block=${block.file}`, socket: block.socket })),
     ...nets.map(({ what, socket }) => ({ what: what.replace(/,.*/, ""), socket })),
     ...rngs.map(({ socket }) => ({ what: "--rng", socket })),
     ...(console === undefined ? [] : [{ what: "--console", socket: console.socket }]),
+    ...(metrics === undefined ? [] : [{ what: "--metrics", socket: metrics }]),
   ]);
   const stats = text(options, "stats");
   const completion = readCompletion(text(options, "completion"));
   const verbose = options.verbose === true;
-  return { _tag: "Serve", completion, blocks, nets, rngs, console, stats, verbose };
+  return { _tag: "Serve", completion, blocks, nets, rngs, console, stats, metrics, verbose };
 };
 
 const blockWords = { plain: ["readonly", "direct"], withValue: ["queues", "socket"] };
@@ -486,6 +492,12 @@ const checkSocketPath = (what: string, path: string): void => {
   }
 };
 
+const readMetrics = (options: ParsedOptions): string | undefined => {
+  const path = text(options, "metrics");
+  if (path !== undefined) checkSocketPath(`--metrics=${path}`, path);
+  return path;
+};
+
 const refuseSharedSockets = (devices: readonly { what: string; socket: string }[]): void => {
   const owners = new Map<string, string>();
   for (const { what, socket } of devices) {
@@ -529,9 +541,10 @@ const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
     "exec",
     "completion",
     "stats",
+    "metrics",
     "verbose",
   ],
-  serve: ["block", "tunnet", "rng", "console", "completion", "stats", "verbose"],
+  serve: ["block", "tunnet", "rng", "console", "completion", "stats", "metrics", "verbose"],
   doctor: ["json"],
 };
 
@@ -573,6 +586,7 @@ const addCommonOptions = (parser: Parser): Parser =>
     .addOption(
       single("--stats <FILE>", "counters as JSON lines, one a second and one at the end; - is stderr"),
     )
+    .addOption(single("--metrics <PATH>", "the same as Prometheus text over HTTP, on a Unix socket"))
     .addOption(new Option("-v, --verbose", "trace set-up and requests to stderr"));
 
 /** An option that may be given once. The last of two would win silently, and that is rarely what was meant. */

@@ -17,6 +17,8 @@ export interface OpenLoop {
   readonly loop: EventLoop;
   /** How often the process went to sleep so far. */
   readonly sleeps: () => number;
+  /** Seconds spent in turns so far; undefined unless they are timed. */
+  readonly busySeconds: () => number | undefined;
   /** Why the queue is not io_uring although nobody asked for another. */
   readonly whyNotIoUring: string | undefined;
 }
@@ -29,6 +31,8 @@ export interface LoopTuning {
   readonly signalAfter?: number;
   /** Which completion queue; the default is "auto". */
   readonly completion?: Completion;
+  /** Count the time spent in turns. */
+  readonly timed?: boolean;
 }
 
 /** Opens the loop; it ends with the scope. Members and operations must be gone by then. */
@@ -53,11 +57,12 @@ export function openLoop(
         control[CONTROL.DIRTY] = 1;
       },
     });
+    const clock = tuning.timed ? new TurnClock() : undefined;
     yield* Effect.acquireRelease(
-      Effect.sync(() => sleepInQueue(queue, loop)),
+      Effect.sync(() => sleepInQueue(queue, loop, clock)),
       (stop) => Effect.sync(stop),
     );
-    return { loop, sleeps: () => control[CONTROL.SLEEPS], whyNotIoUring };
+    return { loop, sleeps: () => control[CONTROL.SLEEPS], busySeconds: () => clock?.seconds, whyNotIoUring };
   });
 }
 
@@ -71,8 +76,26 @@ function closeAfterTurn({ queue }: { readonly queue: SleepingQueue }): Effect.Ef
   });
 }
 
+/** Adds up the time of turns; the rest is sleep, and libuv's. */
+class TurnClock {
+  #milliseconds = 0;
+  #begin = 0;
+
+  begin(): void {
+    this.#begin = performance.now();
+  }
+
+  end(): void {
+    this.#milliseconds += performance.now() - this.#begin;
+  }
+
+  get seconds(): number {
+    return this.#milliseconds / 1000;
+  }
+}
+
 /** Connects queue, loop and native-shim's sleeping place; returns what takes them apart. */
-function sleepInQueue(queue: SleepingQueue, loop: EventLoop): () => void {
+function sleepInQueue(queue: SleepingQueue, loop: EventLoop, clock: TurnClock | undefined): () => void {
   const { control } = queue;
   const libuvFd = native.backendFd();
   let libuvReady = false;
@@ -92,7 +115,9 @@ function sleepInQueue(queue: SleepingQueue, loop: EventLoop): () => void {
       queue.poll(libuvSlot, libuvFd, POLL_IN);
     }
     control[CONTROL.DIRTY] = 0;
+    clock?.begin();
     const more = loop.turn();
+    clock?.end();
     queue.publish();
     control[CONTROL.LIBUV] = libuvReady ? 1 : 0;
     control[CONTROL.DIRTY] = more || libuvReady || queue.hasBacklog ? 1 : 0;

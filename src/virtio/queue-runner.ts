@@ -13,6 +13,7 @@ import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
 import type { QueuePort, QueueService, VirtioDevice } from "./device.ts";
 import { VirtqueueFault } from "./fault.ts";
+import type { Latency } from "./latency.ts";
 import { type QueueLayout, SplitQueue } from "./split-queue.ts";
 
 /** Chains taken in the first batch after idle, and the most in one batch: it doubles in between. */
@@ -29,6 +30,8 @@ export interface QueueCounters {
   interrupts: number;
   /** Decisions not to interrupt because the driver did not want it. */
   suppressed: number;
+  /** Where bytes and latencies are counted, if somebody wants to know. */
+  readonly latency: Latency | undefined;
 }
 
 export interface QueueStart {
@@ -41,13 +44,14 @@ export interface QueueStart {
   readonly counters: QueueCounters;
 }
 
-export const noCounters = (): QueueCounters => ({
+export const noCounters = (latency?: Latency): QueueCounters => ({
   kicks: 0,
   chains: 0,
   batches: 0,
   publishes: 0,
   interrupts: 0,
   suppressed: 0,
+  latency,
 });
 
 export class QueueRunner implements LoopMember, QueuePort {
@@ -62,6 +66,7 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly #notify: () => void;
   readonly #service: QueueService;
   readonly #signalAfter: number;
+  readonly #latency: Latency | undefined;
   /** Resumes the parked fiber; undefined while it runs. */
   #unpark: ((next: Effect.Effect<void, VirtqueueFault>) => void) | undefined;
   #batch = BATCH_FIRST;
@@ -83,6 +88,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#memory = start.memory;
     this.#notify = start.notify;
     this.counters = start.counters;
+    this.#latency = start.counters.latency;
     this.#queue = new SplitQueue(start.memory, start.layout);
     this.#service = device.openQueue(this);
     this.#signalAfter = this.#service.signalAfter ?? loop.signalAfter;
@@ -168,16 +174,21 @@ export class QueueRunner implements LoopMember, QueuePort {
     if (this.#available === 0) return false;
     this.#queue.take(chain);
     this.#available--;
+    if (this.#latency !== undefined) {
+      this.#latency.taken(chain.head, chain.readableBytes + chain.writableBytes);
+    }
     return true;
   }
 
   untake(chain: DescriptorChain): void {
     this.#queue.untake(chain);
     this.#available++;
+    this.#latency?.untaken(chain.head, chain.readableBytes + chain.writableBytes);
   }
 
   complete(head: number, written: number): void {
     this.#queue.addUsed(head, written);
+    if (this.#latency !== undefined) this.#latency.given(head);
     if (this.#state === "running") this.#heat();
     else if (this.#queue.inFlight === 0) this.#drained?.();
   }
@@ -273,6 +284,7 @@ export class QueueRunner implements LoopMember, QueuePort {
       this.#drained = undefined;
       if (!this.#memory.isLost) this.settle(false);
       this.#service.release();
+      this.#latency?.forget();
       this.#memory.unpin();
       resume(Effect.void);
     };

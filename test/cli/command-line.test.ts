@@ -52,6 +52,7 @@ test("nothing at all is the default guest", (t) => {
     root: { dir: "/", writable: false },
     exec: undefined,
     stats: undefined,
+    metrics: undefined,
     verbose: false,
     hypervisor: "auto",
     lguestDevice: undefined,
@@ -77,6 +78,7 @@ test("every option of run arrives in its field", (t) => {
     root: { dir: "/", writable: false },
     exec: undefined,
     stats: "-",
+    metrics: undefined,
     verbose: true,
     hypervisor: "uml",
     lguestDevice: undefined,
@@ -204,6 +206,7 @@ test("serve describes disks and a console at sockets of their own", (t) => {
       nets: [],
       rngs: [],
       stats: undefined,
+      metrics: undefined,
       verbose: true,
     },
   );
@@ -296,4 +299,11 @@ test("a disk has one queue, or as many as it is told", (t) => {
   for (const number of ["0", "65", "x", "1.5", "-1"]) {
     t.regex(refusal(`--block=a,queues=${number}`), /"queues=" takes a number from 1 to 64/, number);
   }
+});
+
+test("metrics are at a socket of their own", (t) => {
+  t.is(run("--metrics=/tmp/m").metrics, "/tmp/m");
+  t.is(serve("--rng=socket=/tmp/r", "--metrics=m.sock").metrics, "m.sock");
+  t.regex(refusal("serve", "--rng=socket=/tmp/r", "--metrics=/tmp/r"), /given to --rng and to --metrics/);
+  t.regex(refusal(`--metrics=/${"x".repeat(200)}`), /at most 107 bytes/);
 });

@@ -6,6 +6,7 @@ import type * as Scope from "effect/Scope";
 import { POLL_IN } from "../../loop/completion-queue.ts";
 import { waitReady } from "../../loop/waiting.ts";
 import { ERRNO, errnoName, native } from "../../native.ts";
+import { Latency } from "../../virtio/latency.ts";
 import { noCounters, type QueueCounters } from "../../virtio/queue-runner.ts";
 import { Connection, type ConnectionOptions } from "./connection.ts";
 
@@ -18,6 +19,8 @@ export class SocketError extends Data.TaggedError("SocketError")<{
 /** What a listening socket serves; the counters belong to it and outlive connections. */
 export interface ListenOptions extends Omit<ConnectionOptions, "counters"> {
   readonly path: string;
+  /** Count bytes and latencies too. */
+  readonly measured?: boolean;
 }
 
 export interface VhostUserServer {
@@ -39,7 +42,9 @@ export function listen(options: ListenOptions): Effect.Effect<VhostUserServer, S
         removeOwn(options.path, listener.inode);
       }),
     ).pipe(Effect.map((listener) => listener.fd));
-    const counters = Array.from({ length: options.device.queueCount }, noCounters);
+    const counters = Array.from({ length: options.device.queueCount }, () =>
+      noCounters(options.measured ? new Latency() : undefined),
+    );
     let connections = 0;
     const accept = Effect.gen(function* () {
       const client = native.unixAccept(fd);
@@ -88,7 +93,7 @@ function openListener(path: string): Effect.Effect<{ fd: number; inode: number }
 }
 
 /** A socket file that nobody listens on: left behind by a process that was killed. */
-function isStale(path: string): boolean {
+export function isStale(path: string): boolean {
   if (!fs.lstatSync(path).isSocket()) return false;
   const fd = native.unixConnect(path);
   if (fd >= 0) native.close(fd);

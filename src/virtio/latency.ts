@@ -1,0 +1,95 @@
+/**
+ * How long a queue's requests take, from the moment when they are taken until they are given back, and how many bytes
+ * they carry: only where somebody asked for statistics.
+ *
+ * A clock is read twice for a sample, and there is one sample under way at a time, begun with the first chain of a
+ * batch: the cost is that of a few comparisons for each request.
+ */
+import { createHistogram, type RecordableHistogram } from "node:perf_hooks";
+
+/** The longest time that is told apart, in nanoseconds: one minute. */
+const NS_MAX = 60_000_000_000;
+/** Two figures: a value is told to 1 %, and a histogram takes 30 KiB. */
+const FIGURES = 2;
+
+const NONE = -1;
+
+/** Microseconds. */
+export interface LatencySummary {
+  readonly samples: number;
+  readonly min: number;
+  readonly mean: number;
+  readonly p50: number;
+  readonly p90: number;
+  readonly p99: number;
+  readonly p999: number;
+  readonly max: number;
+}
+
+export class Latency {
+  /** Bytes of all chains that were taken, those for reading and those for writing. */
+  bytes = 0;
+  readonly #histogram: RecordableHistogram = createHistogram({
+    lowest: 1,
+    highest: NS_MAX,
+    figures: FIGURES,
+  });
+  readonly #now: () => number;
+  /** The chain whose time is being taken, and since when. */
+  #head = NONE;
+  #since = 0;
+
+  /** @param now milliseconds, for tests */
+  constructor(now: () => number = () => performance.now()) {
+    this.#now = now;
+  }
+
+  /** A chain was taken. */
+  taken(head: number, bytes: number): void {
+    this.bytes += bytes;
+    if (this.#head !== NONE) return;
+    this.#head = head;
+    this.#since = this.#now();
+  }
+
+  /** It was left where it was. */
+  untaken(head: number, bytes: number): void {
+    this.bytes -= bytes;
+    if (this.#head === head) this.#head = NONE;
+  }
+
+  /** A chain was given back. */
+  given(head: number): void {
+    if (head !== this.#head) return;
+    this.#head = NONE;
+    const ns = Math.round((this.#now() - this.#since) * 1e6);
+    this.#histogram.record(Math.min(NS_MAX, Math.max(1, ns)));
+  }
+
+  /** The queue was stopped: what is under way is none of the next queue's. */
+  forget(): void {
+    this.#head = NONE;
+  }
+
+  /** The sum of all samples in seconds, for those who average over time. */
+  get sumSeconds(): number {
+    const { count, mean } = this.#histogram;
+    return count === 0 ? 0 : (count * mean) / 1e9;
+  }
+
+  summary(): LatencySummary | undefined {
+    const h = this.#histogram;
+    if (h.count === 0) return undefined;
+    const us = (ns: number): number => Math.round(ns) / 1000;
+    return {
+      samples: h.count,
+      min: us(h.min),
+      mean: us(h.mean),
+      p50: us(h.percentile(50)),
+      p90: us(h.percentile(90)),
+      p99: us(h.percentile(99)),
+      p999: us(h.percentile(99.9)),
+      max: us(h.max),
+    };
+  }
+}
