@@ -72,6 +72,8 @@ export function openDisk(
     const directFd = options.direct
       ? yield* openFile(file, access | fs.constants.O_DIRECT, readonly)
       : undefined;
+    // Whatever ends us in order, what the guest has written is on stable storage then, asked for or not.
+    if (!readonly) yield* Effect.addFinalizer(() => flush(loop, fd));
     const can = (mode: number): Effect.Effect<boolean> =>
       readonly ? Effect.succeed(false) : probeAllocate(loop, fd, mode | FALLOC_KEEP_SIZE, bytes, blockBytes);
     return {
@@ -86,6 +88,17 @@ export function openDisk(
       canPunchHoles: yield* can(FALLOC_PUNCH_HOLE),
       canZeroRanges: yield* can(FALLOC_ZERO_RANGE),
     };
+  });
+}
+
+/** Nobody is left to tell of an error: a guest that cares has flushed and was told. */
+function flush(loop: EventLoop, fd: number): Effect.Effect<void> {
+  return Effect.callback<void>((resume) => {
+    const slot = loop.queue.claim(() => {
+      loop.queue.release(slot);
+      resume(Effect.void);
+    });
+    loop.queue.datasync(slot, fd);
   });
 }
 

@@ -1,5 +1,6 @@
 import { execFileSync } from "node:child_process";
 import * as fs from "node:fs";
+import * as os from "node:os";
 import { join } from "node:path";
 import test from "ava";
 import * as Effect from "effect/Effect";
@@ -177,4 +178,20 @@ directTest("the descriptors of a disk live as long as its scope", async (t) => {
       t.deepEqual(links(), []);
     }),
   );
+});
+
+test("a disk that is closed is flushed before, one for reading is not", (t) => {
+  const folder = fs.mkdtempSync(join(os.tmpdir(), "loopguest-test-"));
+  t.teardown(() => fs.rmSync(folder, { recursive: true, force: true }));
+  const file = makeFile(folder, "disk", 4096);
+  for (const readonly of [false, true]) {
+    const rig = new Rig();
+    const { fd } = rig.open(openDisk(rig.loop, { file, readonly, direct: false }));
+    const flushes = (): number =>
+      rig.queue.started.filter((operation) => operation.kind === "datasync" && operation.fd === fd).length;
+    t.is(flushes(), 0);
+    rig.close();
+    t.is(flushes(), readonly ? 0 : 1);
+    t.is(rig.queue.claimed, 0);
+  }
 });

@@ -220,10 +220,16 @@ const endBySignal = async (t: ExecutionContext, signal: NodeJS.Signals): Promise
   return launcher;
 };
 
-test("SIGTERM ends the launcher with 143, and nothing is left", async (t) => {
-  const launcher = await endBySignal(t, "SIGTERM");
-  t.is(launcher.process.exitCode, 128 + 15);
-  t.is(launcher.stderr(), "");
+test("SIGTERM, SIGINT and SIGHUP end the launcher as a shell expects, and nothing is left", async (t) => {
+  for (const [signal, status] of [
+    ["SIGTERM", 143],
+    ["SIGINT", 130],
+    ["SIGHUP", 129],
+  ] as const) {
+    const launcher = await endBySignal(t, signal);
+    t.is(launcher.process.exitCode, status, signal);
+    t.is(launcher.stderr(), "", signal);
+  }
 });
 
 test("kill -9 of the launcher leaves nothing either", async (t) => {
