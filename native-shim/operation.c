@@ -1,25 +1,19 @@
 /* How one operation of the epoll queue is carried out with plain system calls, waiting or not. */
 #include "operation.h"
+#include "vectors.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-/* A vector as JavaScript writes it: that of a 64-bit host, whatever this one is. */
-struct wide_vector {
-	uint64_t base, length;
-};
-
-/* The vectors of an operation; `space` holds them where they cannot be taken from where they are. */
+/* The vectors of an operation, where they are or in `space`. */
 struct vectors {
 	const struct iovec *iov;
 	int count;
-	struct iovec space[sizeof(void *) == 8 ? 1 : IOV_MAX];
+	struct vector_space space;
 };
 
 static uint64_t pair(const uint32_t word[2])
@@ -29,24 +23,15 @@ static uint64_t pair(const uint32_t word[2])
 
 static void get_vectors(const struct operation *o, struct vectors *v)
 {
-	v->iov = v->space;
-	v->count = 1;
 	if (o->op == OP_READ || o->op == OP_WRITE) {
-		v->space[0].iov_base = (void *)(uintptr_t)pair(o->address);
-		v->space[0].iov_len = o->length;
+		v->count = 1;
+		v->iov = v->space.iov;
+		v->space.iov[0].iov_base = (void *)(uintptr_t)pair(o->address);
+		v->space.iov[0].iov_len = o->length;
 		return;
 	}
 	v->count = (int)o->length;
-	if (sizeof(void *) == 8) {
-		v->iov = (const struct iovec *)(uintptr_t)pair(o->address);
-		return;
-	}
-	const struct wide_vector *wide = (const struct wide_vector *)(uintptr_t)pair(o->address);
-
-	for (int i = 0; i < v->count && i < IOV_MAX; i++) {
-		v->space[i].iov_base = (void *)(uintptr_t)wide[i].base;
-		v->space[i].iov_len = (size_t)wide[i].length;
-	}
+	v->iov = native_vectors((const void *)(uintptr_t)pair(o->address), o->length, &v->space);
 }
 
 static bool is_read(const struct operation *o)

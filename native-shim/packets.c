@@ -3,6 +3,7 @@
  * scattered memory and an array, and the sockets that network set-up needs.
  */
 #include "addon.h"
+#include "vectors.h"
 
 #include <string.h>
 #include <sys/socket.h>
@@ -13,15 +14,19 @@
 static napi_value do_readv(napi_env env, napi_callback_info info)
 {
 	struct args args = get_args(env, info);
+	struct vector_space space;
+	const struct iovec *iov = native_vectors(arg_pointer(&args, 1), arg_uint(&args, 2), &space);
 
-	return from_result(env, readv(arg_int(&args, 0), arg_pointer(&args, 1), arg_int(&args, 2)));
+	return from_result(env, readv(arg_int(&args, 0), iov, arg_int(&args, 2)));
 }
 
 static napi_value do_writev(napi_env env, napi_callback_info info)
 {
 	struct args args = get_args(env, info);
+	struct vector_space space;
+	const struct iovec *iov = native_vectors(arg_pointer(&args, 1), arg_uint(&args, 2), &space);
 
-	return from_result(env, writev(arg_int(&args, 0), arg_pointer(&args, 1), arg_int(&args, 2)));
+	return from_result(env, writev(arg_int(&args, 0), iov, arg_int(&args, 2)));
 }
 
 /* Copies between iovecs, from their byte `skip` on, and `bytes`; the count that both had room for. */
@@ -57,13 +62,15 @@ static napi_value copy_arguments(napi_env env, napi_callback_info info, bool out
 	struct args args = get_args(env, info);
 	size_t space, offset = arg_uint(&args, 4), length = arg_uint(&args, 5);
 	uint8_t *bytes = arg_bytes(&args, 3, &space);
+	struct vector_space vectors;
+	uint32_t count = arg_uint(&args, 1);
 
 	if (!bytes || offset > space || length > space - offset) {
 		errno = EINVAL;
 		return from_result(env, -1);
 	}
-	return from_int(env, (int32_t)copy(arg_pointer(&args, 0), arg_uint(&args, 1), arg_uint(&args, 2),
-					   bytes + offset, length, out));
+	return from_int(env, (int32_t)copy(native_vectors(arg_pointer(&args, 0), count, &vectors), count,
+					   arg_uint(&args, 2), bytes + offset, length, out));
 }
 
 static napi_value scatter(napi_env env, napi_callback_info info)

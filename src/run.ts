@@ -10,6 +10,7 @@ import type { RunCommand } from "./cli/command-line.ts";
 import type { Services } from "./devices.ts";
 import { openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
+import { RunError } from "./run-error.ts";
 import { startOnKvm } from "./run-kvm.ts";
 import { canRunLguest, startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";
@@ -44,6 +45,11 @@ function start(services: Services, command: RunCommand, devices: readonly Virtio
       case "uml":
         return yield* startOnUml(services, command, devices);
       case "kvm":
+        if (process.arch !== "x64") {
+          return yield* new RunError({
+            message: `--hypervisor=kvm needs a 64-bit x86 process, and this is one of ${process.arch}`,
+          });
+        }
         return yield* startOnKvm(services, command, devices);
       case "lguest":
         return yield* startOnLguest(services, command, devices);

@@ -11,6 +11,8 @@ export const SECTOR_BYTES = 512;
 
 /** ioctls of linux/fs.h */
 const BLKGETSIZE64 = 0x80081272;
+/** The same for a 32-bit process: the number holds the size of its size_t. */
+const BLKGETSIZE64_32 = 0x80041272;
 const BLKSSZGET = 0x1268;
 
 /** fallocate modes of linux/falloc.h */
@@ -173,7 +175,9 @@ function measure(fd: number): { bytes: number; blockBytes: number } {
   const stat = fs.fstatSync(fd);
   if (stat.isFile()) return { bytes: stat.size, blockBytes: SECTOR_BYTES };
   const words = new Uint32Array(2);
-  check(native.ioctl(fd, BLKGETSIZE64, words), "BLKGETSIZE64");
+  let result = native.ioctl(fd, BLKGETSIZE64, words);
+  if (result === -ERRNO.ENOTTY) result = native.ioctl(fd, BLKGETSIZE64_32, words);
+  check(result, "BLKGETSIZE64");
   const bytes = words[0] + words[1] * 0x100000000;
   check(native.ioctl(fd, BLKSSZGET, words), "BLKSSZGET");
   return { bytes, blockBytes: words[0] };

@@ -89,6 +89,9 @@ interface RingFile {
   readonly params: Uint32Array;
 }
 
+/** Vectors and addresses are written here as 64-bit hosts have them; a 32-bit process has others. */
+const IS_32_BIT = process.arch === "ia32" || process.arch === "arm";
+
 /** Opens a ring with the best flags that this kernel knows. */
 function openRing(): RingFile {
   const wishes = [
@@ -159,6 +162,12 @@ export class IoUring implements CompletionQueue {
   readonly #free: Slot[] = [];
 
   constructor() {
+    if (IS_32_BIT) {
+      throw new IoUringUnavailable({
+        errno: -ERRNO.ENOSYS,
+        message: `io_uring is used in 64-bit processes only, and this is one of ${process.arch}`,
+      });
+    }
     const { fd, params } = openRing();
     this.fd = fd;
     const features = params[5];

@@ -24,15 +24,17 @@ export const testCache = async (): Promise<string> => {
  * Fetches packages and unpacks all of them into one folder of the cache.
  *
  * @param choose the packages (`name` or `name=version`), and the name of the folder
+ * @param architecture another than this machine's, as Debian names it
  * @returns the folder's name
  */
 export const fetchPackages = async (
   cache: string,
   choose: (aptCache: AptCache) => Promise<{ packages: readonly string[]; folder: string }>,
+  architecture?: string,
 ): Promise<string> => {
   const work = await fs.mkdtemp(path.join(cache, "fetching-"));
   try {
-    const folder = await download(work, choose);
+    const folder = await download(work, choose, architecture);
     const unpacked = path.join(work, "unpacked");
     for (const name of await fs.readdir(work)) {
       if (name.endsWith(".deb")) await run("dpkg", ["-x", path.join(work, name), unpacked]);
@@ -51,8 +53,9 @@ export const fetchPackages = async (
 type Choose = Parameters<typeof fetchPackages>[1];
 
 /** With the machine's package lists; where they are empty or out of date, with lists of our own. */
-const download = async (work: string, choose: Choose): Promise<string> => {
+const download = async (work: string, choose: Choose, architecture?: string): Promise<string> => {
   try {
+    if (architecture !== undefined) throw new Error("the machine's lists are for its own architecture");
     return await downloadWith(work, choose, []);
   } catch {
     const lists = path.join(work, "lists");
@@ -61,12 +64,20 @@ const download = async (work: string, choose: Choose): Promise<string> => {
       ...["-o", `Dir::State::lists=${lists}`],
       ...["-o", `Dir::Cache=${path.join(work, "cache")}`],
       ...["-o", "Debug::NoLocking=1"],
+      ...(architecture === undefined ? [] : foreign(architecture)),
     ];
     // One unreachable index makes apt-get fail although the others are there; the download decides.
     await run("apt-get", ["update", ...options], { cwd: work }).catch(() => {});
     return downloadWith(work, choose, options);
   }
 };
+
+/** Packages as on a machine of that architecture with nothing installed. */
+const foreign = (architecture: string): string[] => [
+  ...["-o", `APT::Architecture=${architecture}`],
+  ...["-o", `APT::Architectures=${architecture}`],
+  ...["-o", "Dir::State::status=/dev/null"],
+];
 
 const downloadWith = async (work: string, choose: Choose, options: readonly string[]): Promise<string> => {
   const aptCache: AptCache = async (command, ...words) =>

@@ -13,7 +13,8 @@ const test = await guestTest(
 
 const without = (error: string): string[] => [
   "python3",
-  path.join(checkout, "test/support/without-io-uring.py"),
+  path.join(checkout, "test/support/filtered.py"),
+  "io_uring",
   error,
 ];
 

@@ -1,6 +1,6 @@
 /**
  * Guests on /dev/lguest, which a stand-in with the same ABI and a scripted guest plays: test/support/lguest. Every test
- * runs the bundle, as it would be on an lguest host.
+ * runs the bundle, with this Node and as it would be on an lguest host.
  */
 import { execFileSync, spawnSync } from "node:child_process";
 import * as fs from "node:fs";
@@ -9,6 +9,7 @@ import * as path from "node:path";
 import test, { type ExecutionContext } from "ava";
 import { type Child, startChild, until, within } from "../guest/child.ts";
 import { checkout } from "../guest/launcher.ts";
+import { prepareIa32, whyNoIa32 } from "../support/lguest/node-ia32.ts";
 import { bzImage, elfKernel, lguestTest, mountStandIn } from "../support/lguest/stand-in.ts";
 
 const PATIENCE_MS = 60_000;
@@ -16,13 +17,38 @@ const SECTORS = 2048;
 
 const bundleFolder = fs.mkdtempSync(path.join(os.tmpdir(), "loopguest-lguest-"));
 const bundle = path.join(bundleFolder, "loopguest.js");
+let ia32: Awaited<ReturnType<typeof prepareIa32>> | undefined;
 
 test.before(() => {
   execFileSync(process.execPath, [path.join(checkout, "scripts/build.mjs"), bundleFolder]);
 });
 test.after.always(() => fs.rmSync(bundleFolder, { recursive: true, force: true }));
 
+/** How the launcher is run: with this Node, or with a 32-bit one. */
+type Kind = "x64" | "ia32";
+const KINDS: readonly Kind[] = ["x64", "ia32"];
+
+/** The words in front of the launcher's own. */
+async function launcher(kind: Kind): Promise<readonly string[]> {
+  if (kind === "x64") return [process.execPath, bundle];
+  ia32 ??= await prepareIa32();
+  return [...ia32.command, ia32.bundle];
+}
+
+const noIa32 = whyNoIa32();
+
+/** One test for each kind of launcher. */
+function onBoth(title: string, body: (t: ExecutionContext, scene: Scene) => Promise<void>): void {
+  for (const kind of KINDS) {
+    const missing = kind === "ia32" ? noIa32 : undefined;
+    lguestTest(`${title} (${kind})`, async (t) => body(t, await makeScene(t, kind)), missing);
+  }
+}
+
 interface Scene {
+  readonly kind: Kind;
+  /** The words in front of the launcher's own. */
+  readonly command: readonly string[];
   readonly folder: string;
   readonly device: string;
   readonly kernel: string;
@@ -30,7 +56,8 @@ interface Scene {
   readonly disk: string;
 }
 
-async function makeScene(t: ExecutionContext): Promise<Scene> {
+async function makeScene(t: ExecutionContext, kind: Kind): Promise<Scene> {
+  const command = await launcher(kind);
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), "loopguest-lguest-"));
   t.teardown(() => fs.rmSync(folder, { recursive: true, force: true }));
   const device = await mountStandIn(t, folder);
@@ -40,13 +67,14 @@ async function makeScene(t: ExecutionContext): Promise<Scene> {
   const bytes = Buffer.alloc(SECTORS * 512);
   for (let n = 0; n < SECTORS; n++) bytes.fill(n & 0xff, n * 512, (n + 1) * 512);
   fs.writeFileSync(disk, bytes);
-  return { folder, device, kernel, disk };
+  return { kind, command, folder, device, kernel, disk };
 }
 
 /** Starts a guest that runs a script. */
 function start(t: ExecutionContext, scene: Scene, options: readonly string[], script: string): Child {
   const words = [`--lguest-device=${scene.device}`, ...options, "32", scene.kernel, ...script.split(" ")];
-  return startChild(t, process.execPath, [bundle, ...words]);
+  const [program, ...before] = scene.command;
+  return startChild(t, program, [...before, ...words]);
 }
 
 interface Ended {
@@ -74,22 +102,23 @@ const untilStdout = (child: Child, text: string): Promise<true> =>
     },
   );
 
-lguestTest("an ELF kernel, its arguments and its devices are where the guest looks for them", async (t) => {
-  const scene = await makeScene(t);
-  const initrd = path.join(scene.folder, "initrd");
-  fs.writeFileSync(initrd, `initrd contents ${"x".repeat(5000)}`);
-  const options = ["--block", scene.disk, "--rng", "--block", initrd, "--initrd", initrd];
-  t.deepEqual(await run(t, scene, options, "script=boot with initrd"), {
-    status: 0,
-    stdout:
-      "command line: script=boot with initrd\n" +
-      "device 2: 1 queues\ndevice 2: 1 queues\ndevice 4: 1 queues\ndevice 3: 2 queues\n",
-    stderr: "",
-  });
-});
+onBoth(
+  "an ELF kernel, its arguments and its devices are where the guest looks for them",
+  async (t, scene) => {
+    const initrd = path.join(scene.folder, "initrd");
+    fs.writeFileSync(initrd, `initrd contents ${"x".repeat(5000)}`);
+    const options = ["--block", scene.disk, "--rng", "--block", initrd, "--initrd", initrd];
+    t.deepEqual(await run(t, scene, options, "script=boot with initrd"), {
+      status: 0,
+      stdout:
+        "command line: script=boot with initrd\n" +
+        "device 2: 1 queues\ndevice 2: 1 queues\ndevice 4: 1 queues\ndevice 3: 2 queues\n",
+      stderr: "",
+    });
+  },
+);
 
-lguestTest("a bzImage is loaded behind its set-up sectors", async (t) => {
-  const scene = await makeScene(t);
+onBoth("a bzImage is loaded behind its set-up sectors", async (t, scene) => {
   for (const sectors of [3, 31]) {
     fs.writeFileSync(scene.kernel, bzImage(sectors));
     const { status, stdout, stderr } = await run(t, scene, [], "script=boot");
@@ -97,12 +126,11 @@ lguestTest("a bzImage is loaded behind its set-up sectors", async (t) => {
   }
 });
 
-lguestTest("the early console, the console, and its input", async (t) => {
-  const scene = await makeScene(t);
+onBoth("the early console, the console, and its input", async (t, scene) => {
   const words = [`--lguest-device=${scene.device}`, "32", scene.kernel, "script=console"];
   const pipe = path.join(scene.folder, "stdin");
   execFileSync("mkfifo", [pipe]);
-  const child = startChild(t, "sh", ["-c", 'exec "$@" < "$0"', pipe, process.execPath, bundle, ...words]);
+  const child = startChild(t, "sh", ["-c", 'exec "$@" < "$0"', pipe, ...scene.command, ...words]);
   const input = fs.openSync(pipe, "w");
   await untilStdout(child, "early hello from the console\n");
   fs.writeSync(input, "first\n");
@@ -116,38 +144,38 @@ lguestTest("the early console, the console, and its input", async (t) => {
   });
 });
 
-for (const completion of ["io_uring", "epoll"]) {
-  lguestTest(
-    `the disk, used before DRIVER_OK, read, written, flushed, and left alone (${completion})`,
-    async (t) => {
-      const scene = await makeScene(t);
-      const expected = fs.readFileSync(scene.disk);
-      for (let i = 0; i < 1024; i++) expected[100 * 512 + i] = (i * 7) & 0xff;
-      const options = [`--completion=${completion}`, `--block=${scene.disk}`];
-      const { status, stdout, stderr } = await run(t, scene, options, "script=block");
-      t.deepEqual([status, stdout, stderr], [0, `block ok, ${SECTORS} sectors\n`, ""]);
-      t.true(fs.readFileSync(scene.disk).equals(expected));
-    },
-  );
+/** A 32-bit process has only epoll. */
+const completionsOf = (kind: Kind): readonly string[] => (kind === "x64" ? ["io_uring", "epoll"] : ["auto"]);
 
-  lguestTest(`resets, idle and busy, and FAILED (${completion})`, async (t) => {
-    const scene = await makeScene(t);
+onBoth("the disk, used before DRIVER_OK, read, written, flushed, and left alone", async (t, scene) => {
+  const before = fs.readFileSync(scene.disk);
+  const expected = Buffer.from(before);
+  for (let i = 0; i < 1024; i++) expected[100 * 512 + i] = (i * 7) & 0xff;
+  for (const completion of completionsOf(scene.kind)) {
+    fs.writeFileSync(scene.disk, before);
+    const options = [`--completion=${completion}`, `--block=${scene.disk}`];
+    const { status, stdout, stderr } = await run(t, scene, options, "script=block");
+    t.deepEqual([status, stdout, stderr], [0, `block ok, ${SECTORS} sectors\n`, ""], completion);
+    t.true(fs.readFileSync(scene.disk).equals(expected), completion);
+  }
+});
+
+onBoth("resets, idle and busy, and FAILED", async (t, scene) => {
+  for (const completion of completionsOf(scene.kind)) {
     const options = [`--completion=${completion}`, `--block=${scene.disk}`];
     const { status, stdout, stderr } = await run(t, scene, options, "script=reset");
     t.deepEqual([status, stdout], [0, "reset ok\n"], stderr);
     t.is(stderr, "loopguest: vda: the guest's driver says that it FAILED (status 128)\n");
     const busy = await run(t, scene, options, "script=busy-reset");
     t.deepEqual(busy, { status: 0, stdout: "busy reset ok\n", stderr: "" });
-  });
-}
+  }
+});
 
-lguestTest("the entropy device fills whole buffers", async (t) => {
-  const scene = await makeScene(t);
+onBoth("the entropy device fills whole buffers", async (t, scene) => {
   t.deepEqual(await run(t, scene, ["--rng"], "script=rng"), { status: 0, stdout: "rng ok\n", stderr: "" });
 });
 
-lguestTest("bad ring indices and addresses stop the disk until its reset, and nothing else", async (t) => {
-  const scene = await makeScene(t);
+onBoth("bad ring indices and addresses stop the disk until its reset, and nothing else", async (t, scene) => {
   const { status, stdout, stderr } = await run(t, scene, [`--block=${scene.disk}`], "script=bad-rings");
   t.is(status, 0, stderr);
   t.is(stdout.replaceAll(".", ""), "way 0\nway 1\nway 2\nway 3\nway 4\nall ways\n");
@@ -166,10 +194,9 @@ lguestTest("bad ring indices and addresses stop the disk until its reset, and no
   });
 });
 
-lguestTest(
+onBoth(
   "a NOTIFY behind the guest's memory ends the guest; a string that ends there is cut off",
-  async (t) => {
-    const scene = await makeScene(t);
+  async (t, scene) => {
     const bad = await run(t, scene, [], "script=bad-notify");
     t.is(bad.status, 1);
     t.regex(
@@ -181,8 +208,7 @@ lguestTest(
   },
 );
 
-lguestTest("a death is told with its reason", async (t) => {
-  const scene = await makeScene(t);
+onBoth("a death is told with its reason", async (t, scene) => {
   t.deepEqual(await run(t, scene, [], "script=die"), {
     status: 1,
     stdout: "last words\n",
@@ -200,11 +226,11 @@ function holdings(pid: number, { folder }: Scene) {
   return { descriptors: kinds, cpus };
 }
 
-lguestTest("fifty reboots leave no descriptor, no thread and no memory behind", async (t) => {
+onBoth("fifty reboots leave no descriptor, no thread and no memory behind", async (t, first) => {
   const held = [];
   for (const reboots of [1, 50]) {
     // A stand-in of its own: it counts.
-    const scene = await makeScene(t);
+    const scene = reboots === 1 ? first : await makeScene(t, first.kind);
     const options = [`--block=${scene.disk}`, "--rng"];
     const child = start(t, scene, options, `script=reboots reboots=${reboots} then=idle`);
     await untilStdout(child, `boot ${reboots}\n`);
@@ -223,23 +249,20 @@ lguestTest("fifty reboots leave no descriptor, no thread and no memory behind", 
   t.true(often.pages - once.pages < 8 * 8192, `${often.pages - once.pages} pages more`);
 });
 
-lguestTest("a guest that idles is ended by a signal", async (t) => {
-  const scene = await makeScene(t);
+onBoth("a guest that idles is ended by a signal", async (t, scene) => {
   const child = start(t, scene, [], "script=idle");
   await untilStdout(child, "idle\n");
   child.process.kill("SIGINT");
   t.is((await ended(child)).status, 130, child.stderr());
 });
 
-lguestTest("packets go through a real tap", async (t) => {
-  const scene = await makeScene(t);
+onBoth("packets go through a real tap", async (t, scene) => {
   const words = [`--lguest-device=${scene.device}`, "--tunnet=10.77.5.1", "32", scene.kernel, "script=net"];
-  const child = startChild(t, "unshare", ["-rn", process.execPath, bundle, ...words]);
+  const child = startChild(t, "unshare", ["-rn", ...scene.command, ...words]);
   t.deepEqual(await ended(child), { status: 0, stdout: "net ok\n", stderr: "" });
 });
 
-lguestTest("images that cannot be loaded are refused with one line", async (t) => {
-  const scene = await makeScene(t);
+onBoth("images that cannot be loaded are refused with one line", async (t, scene) => {
   const refused = async (bytes: Buffer, pattern: RegExp): Promise<void> => {
     fs.writeFileSync(scene.kernel, bytes);
     const { status, stdout, stderr } = await run(t, scene, [], "script=boot");

@@ -64,7 +64,8 @@ interface Cpu {
   readonly fd: number;
 }
 
-const words = new Int32Array(native.vcpuBoxes());
+/** Empty in a 32-bit process, whose addon has no KVM. */
+const words = process.arch === "x64" ? new Int32Array(native.vcpuBoxes()) : new Int32Array(0);
 const box = (index: number, word: number): number => index * BOX_WORDS + word;
 
 export class Vcpus {

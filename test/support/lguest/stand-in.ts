@@ -21,10 +21,17 @@ function whyNot(): string | undefined {
   return undefined;
 }
 
-/** A serial test that needs the stand-in: skipped where that cannot be had, but never with CI=true. */
-export function lguestTest(title: string, body: (t: ExecutionContext) => Promise<void>): void {
+/**
+ * A serial test that needs the stand-in: skipped where that cannot be had, but never with CI=true. `alsoMissing` says
+ * what else it needs and is not there.
+ */
+export function lguestTest(
+  title: string,
+  body: (t: ExecutionContext) => Promise<void>,
+  alsoMissing?: string,
+): void {
   const available = testWith(["cc", "gcc"], ["fusermount3", "fuse3"], ["setpriv", "util-linux"]);
-  const reason = whyNot();
+  const reason = whyNot() ?? alsoMissing;
   if (!("serial" in available) || (reason !== undefined && process.env.CI !== "true")) {
     if (reason !== undefined) console.error(`skipped: ${reason}`);
     test.skip(title, body);
