@@ -24,15 +24,17 @@ static napi_value make_eventfd(napi_env env, napi_callback_info info)
 	return from_result(env, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
 }
 
-/* memfd(name, length): an anonymous file of that length, close-on-exec. */
+/* memfd(name, length, huge): an anonymous file of that length, close-on-exec; huge: in pages of the default huge size. */
 static napi_value make_memfd(napi_env env, napi_callback_info info)
 {
 	struct args args = get_args(env, info);
 	char name[100] = "";
+	bool huge = false;
 	int fd;
 
 	napi_get_value_string_utf8(env, args.value[0], name, sizeof(name), NULL);
-	fd = memfd_create(name, MFD_CLOEXEC);
+	napi_get_value_bool(env, args.value[2], &huge);
+	fd = memfd_create(name, MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0));
 	if (fd >= 0 && ftruncate(fd, (off_t)arg_int64(&args, 1)) < 0) {
 		int error = errno;
 

@@ -81,8 +81,8 @@ export interface Native {
 
   /** A non-blocking, close-on-exec eventfd, or -errno. */
   eventfd(): number;
-  /** An anonymous file of `length` bytes. */
-  memfd(name: string, length: number): number;
+  /** An anonymous file of `length` bytes, in huge pages if `huge` says so. */
+  memfd(name: string, length: number, huge?: boolean): number;
   /** Writes the eight bytes of the number 1 without blocking: 0 or -errno; -EAGAIN: full, a signal is there. */
   signal(fd: number): number;
   setNonBlocking(fd: number): number;

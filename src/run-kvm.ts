@@ -34,7 +34,8 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       initrd,
       commandLine: kernelArguments(command).join(" "),
       memoryMiB: command.memoryMiB,
-      cpus: 1,
+      hugePages: command.hugePages,
+      cpus: command.cpus ?? 1,
       devices: devices.map((device) => {
         const counters = Array.from({ length: device.queueCount }, noCounters);
         enterStats(services, device, counters);

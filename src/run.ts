@@ -6,13 +6,14 @@
  */
 import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
+import { chooseHypervisor } from "./choose-hypervisor.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import type { Services } from "./devices.ts";
 import { openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
 import { RunError } from "./run-error.ts";
 import { startOnKvm } from "./run-kvm.ts";
-import { canRunLguest, startOnLguest } from "./run-lguest.ts";
+import { startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 
@@ -34,14 +35,10 @@ export function run(services: Services, command: RunCommand) {
   });
 }
 
-/** The one place where a hypervisor is chosen. Each serves the devices by a transport of its own. */
+/** Each hypervisor serves the devices by a transport of its own. */
 function start(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
   return Effect.gen(function* () {
-    switch (command.hypervisor) {
-      case "auto":
-        return canRunLguest(command)
-          ? yield* startOnLguest(services, command, devices)
-          : yield* startOnUml(services, command, devices);
+    switch (yield* chooseHypervisor(services, command)) {
       case "uml":
         return yield* startOnUml(services, command, devices);
       case "kvm":

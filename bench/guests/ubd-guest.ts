@@ -40,6 +40,8 @@ const program = Effect.gen(function* () {
       metrics: undefined,
       verbose: false,
       hypervisor: "uml",
+      cpus: undefined,
+      hugePages: false,
       lguestDevice: undefined,
     },
   );

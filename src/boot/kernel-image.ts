@@ -68,6 +68,18 @@ export function readKernelImage(file: Uint8Array, path: string): KernelImage {
   throw new KernelImageError({ message: `the kernel ${path} ${describe(file, view)}` });
 }
 
+/**
+ * Whether these first bytes of a file are those of a kernel for a PC: a bzImage, or an ELF file that lives where kernels
+ * live (User-Mode Linux is an ELF file too, in the lower half of addresses).
+ */
+export function isPcKernel(bytes: Uint8Array): boolean {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  if (bytes.length > 0x270 && view.getUint32(HEADER.MAGIC, true) === MAGIC_HDRS) return true;
+  if (bytes.length < 64 || view.getUint32(0) !== 0x7f454c46 || view.getUint16(18, true) !== EM_X86_64)
+    return false;
+  return programHeaders(view)?.some(({ type, isHigh }) => type === PT_LOAD && isHigh) ?? false;
+}
+
 function describe(file: Uint8Array, view: DataView): string {
   const packing = COMPRESSED.find(([, magic]) => magic.every((byte, i) => file[i] === byte));
   if (packing !== undefined) return `is packed with ${packing[0]}: unpack it, or take the bzImage (vmlinuz)`;
@@ -138,6 +150,8 @@ const XEN_PHYS32_ENTRY = 18;
 
 interface ProgramHeader {
   readonly type: number;
+  /** In the upper half of virtual addresses, where kernels are. */
+  readonly isHigh: boolean;
   readonly offset: number;
   readonly physical: number;
   readonly fileBytes: number;
@@ -156,11 +170,9 @@ function readElf(view: DataView, path: string): KernelImage {
   const headers = programHeaders(view);
   if (headers === undefined) return refuse("is cut off: its program headers are beyond its end");
   const loads = headers.filter(({ type, memoryBytes }) => type === PT_LOAD && memoryBytes > 0);
-  if (
-    view.getUint16(16, true) !== ET_EXEC ||
-    headers.some(({ type }) => type === PT_INTERP) ||
-    loads.length === 0
-  ) {
+  const pvhEntry = headers.map((header) => pvhEntryOf(view, header)).find((entry) => entry !== undefined);
+  const isKernel = pvhEntry !== undefined || loads.some(({ isHigh }) => isHigh);
+  if (view.getUint16(16, true) !== ET_EXEC || headers.some(({ type }) => type === PT_INTERP) || !isKernel) {
     refuse("is a program of this system (User-Mode Linux?), not a kernel for a machine of its own");
   }
   if (loads.some(({ offset, fileBytes }) => offset + fileBytes > view.byteLength)) {
@@ -172,7 +184,6 @@ function readElf(view: DataView, path: string): KernelImage {
     fileBytes,
     memoryBytes,
   }));
-  const pvhEntry = headers.map((header) => pvhEntryOf(view, header)).find((entry) => entry !== undefined);
   const entry = pvhEntry ?? Number(view.getBigUint64(24, true));
   return { kind: "elf", segments, entry, pvh: pvhEntry !== undefined };
 }
@@ -187,6 +198,7 @@ function programHeaders(view: DataView): ProgramHeader[] | undefined {
     const u64 = (offset: number): number => Number(view.getBigUint64(at + offset, true));
     return {
       type: view.getUint32(at, true),
+      isHigh: view.getUint32(at + 20, true) >= 0x80000000,
       offset: u64(8),
       physical: u64(24),
       fileBytes: u64(32),
@@ -204,12 +216,12 @@ function pvhEntryOf(view: DataView, header: ProgramHeader): number | undefined {
     const nameBytes = view.getUint32(at, true);
     const valueBytes = view.getUint32(at + 4, true);
     const type = view.getUint32(at + 8, true);
-    const value = at + 12 + ((nameBytes + 3) & ~3);
+    const value = at + 12 + 4 * Math.ceil(nameBytes / 4);
     const isXen = nameBytes === 4 && at + 16 <= end && view.getUint32(at + 12) === 0x58656e00;
     if (isXen && type === XEN_PHYS32_ENTRY && valueBytes >= 4 && value + 4 <= end) {
       return view.getUint32(value, true);
     }
-    at = value + ((valueBytes + 3) & ~3);
+    at = value + 4 * Math.ceil(valueBytes / 4);
   }
   return undefined;
 }

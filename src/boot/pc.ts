@@ -83,7 +83,7 @@ export function loadKernel(input: BootInput): BootEntry {
     put(memory, START_INFO, startInfo(memory, initrd));
     return { mode: "protected", rip: image.entry, rbx: START_INFO, rsp: STACK, gdt };
   }
-  put(memory, PAGE_TABLES, identityMap());
+  put(memory, PAGE_TABLES, identityMap(PAGE_TABLES));
   put(memory, BOOT_PARAMS, bootParams(image, memory, initrd));
   return { mode: "long", rip: image.entry, rsi: BOOT_PARAMS, rsp: STACK, cr3: PAGE_TABLES, gdt };
 }
@@ -216,12 +216,12 @@ function segmentDescriptors(): Uint8Array {
   return new Uint8Array(words.buffer);
 }
 
-/** The first 4 GiB at their own addresses, in pages of 2 MiB: one table, one directory table, four directories. */
-function identityMap(): Uint8Array {
+/** The first 4 GiB at their own addresses, by tables at `address`, in pages of 2 MiB: one table, one directory table, four directories. */
+export function identityMap(address: number): Uint8Array {
   const entries = new BigUint64Array(6 * 512);
   const [PRESENT_WRITABLE, LARGE] = [3n, 0x80n];
-  entries[0] = BigInt(PAGE_TABLES + PAGE) | PRESENT_WRITABLE;
-  for (let i = 0; i < 4; i++) entries[512 + i] = BigInt(PAGE_TABLES + PAGE * (2 + i)) | PRESENT_WRITABLE;
+  entries[0] = BigInt(address + PAGE) | PRESENT_WRITABLE;
+  for (let i = 0; i < 4; i++) entries[512 + i] = BigInt(address + PAGE * (2 + i)) | PRESENT_WRITABLE;
   for (let i = 0; i < 4 * 512; i++) entries[1024 + i] = (BigInt(i) << 21n) | PRESENT_WRITABLE | LARGE;
   return new Uint8Array(entries.buffer);
 }

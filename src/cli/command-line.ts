@@ -76,6 +76,10 @@ export interface RunCommand {
   readonly metrics: string | undefined;
   readonly verbose: boolean;
   readonly hypervisor: HypervisorChoice;
+  /** For KVM; undefined is one. */
+  readonly cpus: number | undefined;
+  /** For KVM: the guest's memory in huge pages of the host. */
+  readonly hugePages: boolean;
   /** What stands in for /dev/lguest. */
   readonly lguestDevice: string | undefined;
 }
@@ -117,6 +121,8 @@ export type Command = RunCommand | ServeCommand | DoctorCommand | HelpCommand | 
 export const memoryDefaultMiB = 256;
 /** Below this no kernel of today gets as far as a message. */
 export const memoryMinMiB = 32;
+/** What a thread each, and the guest's tables, have room for. */
+export const cpusMax = 240;
 /** 4 TiB: a slip of the keyboard, not a guest. */
 export const memoryMaxMiB = 4 * 1024 * 1024;
 /** `sun_path` of `struct sockaddr_un` (linux/un.h) holds 108 bytes, the closing NUL among them. */
@@ -179,6 +185,10 @@ const parseRun = (argv: readonly string[]): Command => {
         "where the guest's CPU comes from; auto takes what works here",
       ),
     )
+    .addOption(single("--cpus <N>", "CPUs of a guest on KVM"))
+    .addOption(
+      single("--memory-backend <hugepages>", "the memory of a guest on KVM in the host's huge pages"),
+    )
     .addOption(single("--lguest-device <PATH>", "a device that speaks lguest's ABI, in place of /dev/lguest"))
     .addOption(
       single("--root <DIR[,rw]>", "the host folder that is the default guest's root; rw writes to it"),
@@ -225,11 +235,21 @@ const toRun = (options: ParsedOptions, positionals: readonly string[]): RunComma
     metrics: readMetrics(options),
     verbose: options.verbose === true,
     hypervisor: readHypervisor(text(options, "hypervisor")),
+    cpus: readCpus(text(options, "cpus")),
+    hugePages: readMemoryBackend(text(options, "memoryBackend")),
     lguestDevice: text(options, "lguestDevice"),
   };
   const { hypervisor, lguestDevice } = command;
   if (lguestDevice !== undefined && hypervisor !== "auto" && hypervisor !== "lguest") {
     throw usage(`--lguest-device is for --hypervisor=lguest, not for ${hypervisor}.`);
+  }
+  for (const [name, given] of [
+    ["cpus", command.cpus !== undefined],
+    ["memory-backend", command.hugePages],
+  ] as const) {
+    if (given && hypervisor !== "auto" && hypervisor !== "kvm") {
+      throw usage(`--${name} is for --hypervisor=kvm, not for ${hypervisor}.`);
+    }
   }
   if (command.kernel === undefined) {
     if (command.initrd !== undefined) {
@@ -283,6 +303,18 @@ const readRoot = (value: string | undefined): RunCommand["root"] => {
   if (value === undefined) return { dir: "/", writable: false };
   const { file, words } = splitFileWords("--root", value, { plain: ["rw"], withValue: [] });
   return { dir: file, writable: words.has("rw") };
+};
+
+const readCpus = (value: string | undefined): number | undefined => {
+  if (value === undefined) return undefined;
+  const cpus = /^[0-9]+$/.test(value) ? Number(value) : 0;
+  if (cpus < 1 || cpus > cpusMax) throw usage(`--cpus=${value}: it is a number from 1 to ${cpusMax}.`);
+  return cpus;
+};
+
+const readMemoryBackend = (value: string | undefined): boolean => {
+  if (value === undefined || value === "hugepages") return value !== undefined;
+  throw usage(`--memory-backend=${value}: there is no such memory; it can be hugepages.`);
 };
 
 const readHypervisor = (value: string | undefined): RunCommand["hypervisor"] => {
@@ -536,6 +568,8 @@ const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
     "rng",
     "initrd",
     "hypervisor",
+    "cpus",
+    "memory-backend",
     "lguest-device",
     "root",
     "exec",
@@ -548,23 +582,16 @@ const optionsOf: Readonly<Record<CommandName, readonly string[]>> = {
   doctor: ["json"],
 };
 
-/** Parts of the interface which this version does not have yet; they are refused by name, not ignored. */
-const notYetOptions = ["cpus"] as const;
-
 const usage = (message: string): UsageError => new UsageError({ message });
 
-const notYet = (what: string): UsageError => usage(`${what} is not there yet in this version of loopguest.`);
-
 const makeParser = (name: string, description: string): Parser => {
-  const parser = new Parser(name)
+  return new Parser(name)
     .description(description)
     .argument("[words...]")
     .helpOption("--help", "print this and leave")
     .addOption(new Option("-V, --version", "print the version and leave"))
     .configureHelp({ visibleArguments: () => [], helpWidth: 108 })
     .exitOverride();
-  for (const name of notYetOptions) parser.addOption(new Option(`--${name} [value]`).hideHelp());
-  return parser;
 };
 
 /** Options that may stand without a value: in lguest's `--rng 64 vmlinux` the 64 is not theirs. */
@@ -639,7 +666,6 @@ const parseWith = (
   }
   const options: ParsedOptions = parser.opts();
   if (options.version === true) return { _tag: "Version" };
-  for (const name of notYetOptions) if (options[name] !== undefined) throw notYet(`--${name}`);
   return build(options, parser.args.map(unmarkBare));
 };
 

@@ -55,6 +55,8 @@ test("nothing at all is the default guest", (t) => {
     metrics: undefined,
     verbose: false,
     hypervisor: "auto",
+    cpus: undefined,
+    hugePages: false,
     lguestDevice: undefined,
   });
   t.deepEqual(run("run"), run());
@@ -81,6 +83,8 @@ test("every option of run arrives in its field", (t) => {
     metrics: undefined,
     verbose: true,
     hypervisor: "uml",
+    cpus: undefined,
+    hugePages: false,
     lguestDevice: undefined,
   });
   t.deepEqual(run("--root=/srv/tree,rw").root, { dir: "/srv/tree", writable: true });
@@ -175,8 +179,18 @@ test("a hypervisor is one of those that there are", (t) => {
   }
 });
 
-test("what later versions bring is refused by name", (t) => {
-  t.is(refusal("--cpus=2"), "--cpus is not there yet in this version of loopguest.");
+test("CPUs and huge pages are for guests on KVM", (t) => {
+  t.is(run("--cpus=4").cpus, 4);
+  t.true(run("--hypervisor=kvm", "--memory-backend=hugepages").hugePages);
+  for (const word of ["0", "-1", "1.5", "two", "241"]) {
+    t.regex(refusal(`--cpus=${word}`), /number from 1 to 240/, word);
+  }
+  t.regex(refusal("--cpus=2", "--hypervisor=uml"), /--cpus is for --hypervisor=kvm, not for uml/);
+  t.regex(
+    refusal("--memory-backend=hugepages", "--hypervisor=lguest"),
+    /--memory-backend is for --hypervisor=kvm/,
+  );
+  t.regex(refusal("--memory-backend=disk"), /it can be hugepages/);
 });
 
 test("an option that is misspelt, misplaced, empty or without its value is refused", (t) => {
@@ -244,6 +258,8 @@ test("help names what works and nothing that does not", (t) => {
     "tunnet",
     "initrd",
     "hypervisor",
+    "cpus",
+    "memory-backend",
     "root",
     "exec",
     "stats",
@@ -252,7 +268,6 @@ test("help names what works and nothing that does not", (t) => {
   ]) {
     t.regex(text, new RegExp(`--${option}\\b`));
   }
-  t.notRegex(text, /cpus/);
   t.is(help("run", "--help"), text);
   t.regex(help("serve", "--help"), /--console <socket=PATH>/);
   t.notRegex(help("serve", "--help"), /--initrd/);

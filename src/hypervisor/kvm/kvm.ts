@@ -23,6 +23,7 @@ export interface KvmOptions {
   readonly initrd: Uint8Array | undefined;
   readonly commandLine: string;
   readonly memoryMiB: number;
+  readonly hugePages: boolean;
   readonly cpus: number;
   readonly devices: readonly MachineDevice[];
   /** Counts what left the kernel for this process, over all lives of the guest. */
@@ -70,6 +71,7 @@ function startLife(options: KvmOptions, lines: ConsoleLines) {
     const machine = yield* runMachine({
       loop: options.loop,
       memoryMiB: options.memoryMiB,
+      hugePages: options.hugePages,
       cpus: options.cpus,
       devices: options.devices,
       exits: options.exits,

@@ -5,6 +5,7 @@
  * Addresses: memory from 0 (up to 3 GiB) and from 4 GiB on; in the hole between them BARs, then the interrupt
  * controllers of the kernel.
  */
+import * as fs from "node:fs";
 import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
@@ -70,6 +71,7 @@ export interface MachineDevice {
 export interface MachineOptions {
   readonly loop: EventLoop;
   readonly memoryMiB: number;
+  readonly hugePages?: boolean;
   readonly cpus: number;
   readonly devices: readonly MachineDevice[];
   /** Puts what runs into the memory, and says how the first CPU begins. */
@@ -91,7 +93,7 @@ export interface Machine {
 export function runMachine(options: MachineOptions): Effect.Effect<Machine, Error, Scope.Scope> {
   return Effect.gen(function* () {
     const memory = yield* acquire(
-      () => openMemory(options.memoryMiB),
+      () => openMemory(options.memoryMiB, options.hugePages ?? false),
       (one) => Effect.sync(() => one.close()),
     );
     const vm = yield* acquire(
@@ -129,9 +131,9 @@ const attempt = <A>(body: () => A): Effect.Effect<A, Error> =>
 const acquire = <A>(make: () => A, release: (one: A) => Effect.Effect<void>) =>
   Effect.acquireRelease(attempt(make), release);
 
-function openMemory(memoryMiB: number): GuestMemory {
+function openMemory(memoryMiB: number, hugePages: boolean): GuestMemory {
   const bytes = memoryMiB * 2 ** 20;
-  const fd = native.memfd("guest", bytes);
+  const fd = openMemoryFile(bytes, hugePages);
   const regions: MemoryRegion[] = [];
   try {
     let fileOffset = 0;
@@ -153,6 +155,26 @@ function openMemory(memoryMiB: number): GuestMemory {
   } finally {
     native.close(fd);
   }
+}
+
+function openMemoryFile(bytes: number, hugePages: boolean): number {
+  if (!hugePages) return native.memfd("guest", bytes);
+  const free = freeHugeBytes(fs.readFileSync("/proc/meminfo", "utf8"));
+  // A page that is not there would be a SIGBUS when it is touched.
+  if (free < bytes) {
+    throw new Error(
+      `--memory-backend=hugepages: ${bytes / 2 ** 20} MiB are needed, ${Math.floor(free / 2 ** 20)} MiB are free ` +
+        "in huge pages; reserve some: sysctl vm.nr_hugepages=N",
+    );
+  }
+  return native.memfd("guest", bytes, true);
+}
+
+/** By /proc/meminfo (proc(5)). */
+export function freeHugeBytes(meminfo: string): number {
+  const number = (name: string): number =>
+    Number(new RegExp(`^${name}:\\s*(\\d+)`, "m").exec(meminfo)?.[1] ?? 0);
+  return (number("HugePages_Free") - number("HugePages_Rsvd")) * number("Hugepagesize") * 1024;
 }
 
 function plugDevices({ loop, devices, report, trace }: MachineOptions, vm: Vm, memory: GuestMemory) {

@@ -1,0 +1,67 @@
+/** The one place where a hypervisor is chosen: the one that is named, or what works here for the kernel at hand. */
+import * as fs from "node:fs";
+import * as Effect from "effect/Effect";
+import { isPcKernel } from "./boot/kernel-image.ts";
+import type { RunCommand } from "./cli/command-line.ts";
+import type { Services } from "./devices.ts";
+import { probeKvm } from "./hypervisor/kvm/probe.ts";
+import { RunError } from "./run-error.ts";
+import { canRunLguest } from "./run-lguest.ts";
+
+export type Hypervisor = "uml" | "kvm" | "lguest";
+
+export function chooseHypervisor(
+  { opened, reporter }: Services,
+  command: RunCommand,
+): Effect.Effect<Hypervisor, RunError> {
+  return Effect.gen(function* () {
+    const { hypervisor } = command;
+    if (hypervisor === "uml" || hypervisor === "lguest") return hypervisor;
+    if (hypervisor === "auto") {
+      if (canRunLguest(command)) return "lguest";
+      if (!needsKvm(command)) {
+        reporter.trace?.(`User-Mode Linux runs this guest: ${yield* whyNotKvm(opened.loop, command)}`);
+        return "uml";
+      }
+    }
+    const probe = yield* probeKvm(opened.loop);
+    if (!probe.usable) return yield* new RunError({ message: `${whoNeedsKvm(command)}: ${probe.reason}` });
+    reporter.trace?.(`KVM runs this guest; its test took ${Math.round(probe.milliseconds)} ms`);
+    return "kvm";
+  });
+}
+
+/** What can be done by KVM only. */
+function needsKvm({ kernel, cpus, hugePages }: RunCommand): boolean {
+  return (cpus ?? 1) > 1 || hugePages || (kernel !== undefined && isPcKernel(firstBytes(kernel.path)));
+}
+
+function whoNeedsKvm({ hypervisor, kernel, cpus, hugePages }: RunCommand): string {
+  if (hypervisor === "kvm") return "--hypervisor=kvm";
+  if ((cpus ?? 1) > 1) return `--cpus=${cpus} needs KVM`;
+  if (hugePages) return "--memory-backend=hugepages needs KVM";
+  return `the kernel ${kernel?.path} needs KVM`;
+}
+
+/** For --verbose; the default guest's root, this host's files, is there under User-Mode Linux only. */
+function whyNotKvm(loop: Services["opened"]["loop"], { kernel }: RunCommand): Effect.Effect<string> {
+  if (kernel !== undefined) return Effect.succeed("the kernel is no PC's");
+  return Effect.map(probeKvm(loop), (probe) =>
+    probe.usable ? "KVM would work, but gives the default guest no host files yet" : probe.reason,
+  );
+}
+
+/** Enough to see what a file is. A file that cannot be read is for somebody else to complain about. */
+function firstBytes(path: string): Uint8Array {
+  const bytes = new Uint8Array(4096);
+  try {
+    const fd = fs.openSync(path, "r");
+    try {
+      return bytes.subarray(0, fs.readSync(fd, bytes));
+    } finally {
+      fs.closeSync(fd);
+    }
+  } catch {
+    return bytes.subarray(0, 0);
+  }
+}
