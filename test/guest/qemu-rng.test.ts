@@ -10,11 +10,11 @@ const test = testWith(...qemuPrograms);
 
 const checkout = path.resolve(import.meta.dirname, "../..");
 
-/** Reads twice; random bytes do not compress, and are not the same again. */
+/** Reads twice, little: the driver asks for a few bytes at a time, and emulation is slow. Random bytes do not compress. */
 const script = `
 cat /sys/class/misc/hw_random/rng_current
 for n in 1 2; do
-  dd if=/dev/hwrng of=/tmp/$n bs=4096 count=8 iflag=fullblock 2>/dev/null
+  dd if=/dev/hwrng of=/tmp/$n bs=512 count=8 iflag=fullblock 2>/dev/null
   wc -c </tmp/$n
   gzip -c /tmp/$n | wc -c
 done
@@ -35,8 +35,8 @@ test("a guest under QEMU reads random bytes from /dev/hwrng", async (t) => {
   t.is(lines.length, 5, transcript);
   t.is(lines[0], "virtio_rng.0");
   for (const [bytes, packed] of [lines.slice(1, 3), lines.slice(3, 5)]) {
-    t.is(Number(bytes), 32768, transcript);
-    t.true(Number(packed) > 32000, "random bytes do not compress");
+    t.is(Number(bytes), 4096, transcript);
+    t.true(Number(packed) > 4000, "random bytes do not compress");
   }
   t.is(server.stderr(), "");
 });
