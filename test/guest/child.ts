@@ -113,7 +113,8 @@ export const untilListening = (server: Child, path: string, timeoutMs: number): 
       if (server.process.exitCode !== null) {
         throw new Error(`the server of ${path} left with ${server.process.exitCode}\n${server.stderr()}`);
       }
-      const rows = fs.readFileSync("/proc/net/unix", "utf8").split("\n");
+      // Its own list: it may be in another network namespace.
+      const rows = fs.readFileSync(`/proc/${server.process.pid}/net/unix`, "utf8").split("\n");
       const listens = rows.some((row) => row.split(" ")[3] === "00010000" && row.endsWith(` ${path}`));
       return listens ? true : undefined;
     },

@@ -28,6 +28,10 @@ export interface QemuOptions {
   readonly sockets: readonly string[];
   /** vhost-user-rng sockets; the guest has /dev/hwrng then. */
   readonly rngSockets?: readonly string[];
+  /** Network cards, eth0, eth1 …; QEMU comes back to a socket whose server was away. */
+  readonly nets?: readonly { readonly socket: string; readonly pairs: number }[];
+  /** Default 1. */
+  readonly cpus?: number;
   /**
    * What the guest runs, with busybox's sh, as root, when all disks are there. It powers off at its end.
    * `reboot -f` resets the guest, and the script runs again from its start.
@@ -108,6 +112,7 @@ const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOpti
   const memoryMiB = options.memoryMiB ?? 256;
   return [
     ...["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-accel", "tcg"],
+    ...["-smp", String(options.cpus ?? 1)],
     ...["-m", String(memoryMiB), "-machine", "q35,memory-backend=ram"],
     // vhost-user needs memory that another process can map.
     ...["-object", `memory-backend-memfd,id=ram,size=${memoryMiB}M,share=on`],
@@ -121,6 +126,12 @@ const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOpti
       ...["-chardev", `socket,id=r${index},path=${socket}`],
       ...["-device", `vhost-user-rng-pci,chardev=r${index}`],
     ]),
+    ...(options.nets ?? []).flatMap(({ socket, pairs }, index) => [
+      ...["-chardev", `socket,id=n${index},path=${socket},reconnect=1`],
+      ...["-netdev", `vhost-user,id=net${index},chardev=n${index},queues=${pairs}`],
+      // Without MSI-X: with it QEMU 7.2 dies of a null pointer when TCG unmasks a vhost card's vectors.
+      ...["-device", `virtio-net-pci,netdev=net${index},mq=${pairs > 1 ? "on" : "off"},vectors=0,romfile=`],
+    ]),
   ];
 };
 
@@ -133,6 +144,9 @@ const modules = [
   "drivers/virtio/virtio_pci.ko",
   "drivers/block/virtio_blk.ko",
   "drivers/char/hw_random/virtio-rng.ko",
+  "net/core/failover.ko",
+  "drivers/net/net_failover.ko",
+  "drivers/net/virtio_net.ko",
 ];
 
 const makeInitramfs = async (kernel: CloudKernel, options: QemuOptions): Promise<Buffer> => {

@@ -5,7 +5,7 @@ import * as net from "node:net";
 
 const [port, file] = process.argv.slice(2);
 net
-  .createServer((socket) => {
+  .createServer({ allowHalfOpen: true }, (socket) => {
     const hash = createHash("sha256");
     socket.on("data", (bytes) => hash.update(bytes));
     socket.on("end", () => console.log(`received ${hash.digest("hex")}`));
