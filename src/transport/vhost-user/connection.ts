@@ -395,7 +395,7 @@ export class Connection {
       Effect.flatMap(({ memory, removed }) =>
         this.#whileStopped(() => {
           this.#memory = memory;
-          removed.close();
+          removed?.close();
         }, true),
       ),
     );

@@ -24,13 +24,29 @@ export function openMemory(table: readonly RegionMessage[], fds: readonly number
   }
 }
 
-/** The memory with one region more. The old object stays valid until its rings have stopped. */
+/**
+ * How often a region was added beyond the first time. QEMU 7.2 adds and removes each region once for every queue pair
+ * of a network card, all on one connection.
+ */
+const repeats = new WeakMap<MemoryRegion, number>();
+
+const isSame = (region: MemoryRegion, entry: RegionMessage): boolean =>
+  region.guestBase === entry.guestAddress &&
+  region.userBase === entry.userAddress &&
+  region.size === entry.size;
+
+/** The memory with one region more, or the same when it has that region already. The old object stays valid until its rings have stopped. */
 export function withRegion(memory: GuestMemory | undefined, message: Message): GuestMemory {
   const entry = parseRegion(message);
   const { fds } = message;
   const regions = memory?.regions ?? [];
   if (fds.length !== 1) {
     throw new ProtocolError({ message: `ADD_MEM_REG has ${fds.length} descriptors, expected 1` });
+  }
+  const known = regions.find((region) => isSame(region, entry) && region.fileOffset === entry.fileOffset);
+  if (memory !== undefined && known !== undefined) {
+    repeats.set(known, (repeats.get(known) ?? 0) + 1);
+    return memory;
   }
   if (regions.length >= MEMORY_SLOTS_MAX) {
     throw new ProtocolError({ message: `ADD_MEM_REG: all ${MEMORY_SLOTS_MAX} slots are in use` });
@@ -44,20 +60,27 @@ export function withRegion(memory: GuestMemory | undefined, message: Message): G
   }
 }
 
-/** The memory without the region that the message describes, and that region, for the caller to close. */
+/**
+ * The memory without the region that the message describes, and that region, for the caller to close; the same memory
+ * and no region when it was added more often than removed.
+ */
 export function withoutRegion(
   memory: GuestMemory | undefined,
   message: Message,
-): { memory: GuestMemory; removed: MemoryRegion } {
-  const { guestAddress, userAddress, size } = parseRegion(message);
+): { memory: GuestMemory; removed: MemoryRegion | undefined } {
+  const entry = parseRegion(message);
   const regions = memory?.regions ?? [];
-  const removed = regions.find(
-    (region) => region.guestBase === guestAddress && region.userBase === userAddress && region.size === size,
-  );
-  if (removed === undefined) {
+  const removed = regions.find((region) => isSame(region, entry));
+  if (memory === undefined || removed === undefined) {
+    const { size, guestAddress } = entry;
     throw new ProtocolError({
       message: `REM_MEM_REG: there is no region of ${size} bytes at guest 0x${guestAddress.toString(16)}`,
     });
+  }
+  const more = repeats.get(removed) ?? 0;
+  if (more > 0) {
+    repeats.set(removed, more - 1);
+    return { memory, removed: undefined };
   }
   return { memory: new GuestMemory(regions.filter((region) => region !== removed)), removed };
 }
