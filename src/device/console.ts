@@ -331,11 +331,27 @@ class OutputService implements QueueService {
 
   serve(limit: number): number {
     if (this.#queue.isBusy(this.#slot)) return 0;
+    this.#first = 0;
+    this.#count = 0;
+    try {
+      const served = this.#take(limit);
+      if (served > 0) {
+        this.#onFirst?.();
+        this.#onFirst = undefined;
+      }
+      return served;
+    } finally {
+      // A chain that breaks a rule ends the taking by an exception: those before it are still to be written.
+      if (this.#count > 0) this.#write();
+      else this.#completeAll();
+    }
+  }
+
+  /** Takes chains and collects their bytes, as many as one writev can have; how many. */
+  #take(limit: number): number {
     const { chain, port } = { chain: this.#chain, port: this.#port };
     const to = this.#gone ? undefined : this.#output?.to;
     let served = 0;
-    this.#first = 0;
-    this.#count = 0;
     while (served < limit && this.#heads.length < OUTPUT_CHAINS_MAX && port.take(chain)) {
       if (typeof to === "number" && chain.readable > OUTPUT_IOVECS_MAX - this.#count) {
         if (this.#count > 0) {
@@ -353,12 +369,6 @@ class OutputService implements QueueService {
       if (typeof to !== "number") this.#hand(to);
       else this.#gather();
     }
-    if (served > 0) {
-      this.#onFirst?.();
-      this.#onFirst = undefined;
-    }
-    if (this.#count > 0) this.#write();
-    else this.#completeAll();
     return served;
   }
 
