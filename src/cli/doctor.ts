@@ -13,7 +13,7 @@ import * as Effect from "effect/Effect";
 export type Status = "ok" | "limited" | "missing";
 
 export interface Finding {
-  /** A short, stable name for scripts: `io_uring`, `uml`, `shm`, `terminal`, `apt`, `kvm`, `tap`. */
+  /** A short, stable name for scripts: `io_uring`, `uml`, `shm`, `kvm`, `tap` … */
   readonly name: string;
   readonly status: Status;
   /** What was found, in one line. */
@@ -52,6 +52,8 @@ export interface Host {
   readonly freeBytes: (dir: string) => number | undefined;
   /** The full path of a program on PATH. */
   readonly which: (program: string) => string | undefined;
+  /** The names of the network bridges there are. */
+  readonly bridges: () => readonly string[];
   readonly terminal: Terminal;
 }
 
@@ -75,7 +77,10 @@ export const diagnose = (probes: Probes, host: Host = thisHost()): Effect.Effect
       checkTerminal(host.terminal),
       checkApt(kernel, host),
       checkKvm(host),
+      checkHugePages(host),
       checkTap(host),
+      checkBridge(host),
+      checkPasst(host),
     ];
     const needed = findings.filter(({ name }) => ["uml", "shm"].includes(name));
     return { ready: needed.every(({ status }) => status !== "missing"), findings };
@@ -199,46 +204,103 @@ const checkApt = (kernel: FoundKernel | undefined, host: Host): Finding => {
     : not("missing", "apt", found, "They would fetch a kernel; without them put linux.uml on PATH yourself.");
 };
 
+/** For given kernels; the default guest runs on User-Mode Linux without it. */
 const checkKvm = (host: Host): Finding => {
-  const unused = "loopguest does not use KVM yet.";
   const code = host.open("/dev/kvm");
-  if (code === undefined) return ok("kvm", `/dev/kvm opens; ${unused}`);
   const cpu = host.readText("/proc/cpuinfo");
   const flag = "text" in cpu ? /^flags\s*:.*\b(vmx|svm)\b/m.exec(cpu.text)?.[1] : undefined;
-  const found = `/dev/kvm: ${code}, ${flag === undefined ? "no vmx or svm among the CPU's flags" : `the CPU has ${flag}`}`;
+  const cpuHas = flag === undefined ? "no vmx or svm among the CPU's flags" : `the CPU has ${flag}`;
+  const virtualisation =
+    "Turn virtualisation on in the firmware, or nested virtualisation in the host of this machine.";
+  if (code === undefined) {
+    if (flag !== undefined) return ok("kvm", `/dev/kvm opens, ${cpuHas}`);
+    return not("limited", "kvm", `/dev/kvm opens, but ${cpuHas}: kernels may die in it`, virtualisation);
+  }
+  const found = `/dev/kvm: ${code}, ${cpuHas}`;
   if (code === "EACCES" || code === "EPERM") {
-    return not(
-      "limited",
-      "kvm",
-      found,
-      `${unused} Join the group kvm: adduser $USER kvm, then log in again.`,
-    );
+    return not("limited", "kvm", found, "Join the group kvm: adduser $USER kvm, then log in again.");
   }
   const remedy =
     flag === undefined
-      ? "Turn virtualisation on in the firmware, or nested virtualisation in the host of this machine."
+      ? virtualisation
       : "Load the module: modprobe kvm_intel or kvm_amd. In a container, pass /dev/kvm in.";
-  return not("missing", "kvm", found, `${unused} ${remedy}`);
+  return not("missing", "kvm", found, remedy);
+};
+
+/** For --memory-backend=hugepages. */
+const checkHugePages = (host: Host): Finding => {
+  const meminfo = host.readText("/proc/meminfo");
+  const number = (name: string): number =>
+    "text" in meminfo ? Number(new RegExp(`^${name}:\\s*(\\d+)`, "m").exec(meminfo.text)?.[1] ?? 0) : 0;
+  const sizeKiB = number("Hugepagesize");
+  const freeMiB = (number("HugePages_Free") * sizeKiB) / 1024;
+  if (freeMiB > 0) return ok("hugepages", `${freeMiB} MiB free, in pages of ${sizeKiB} KiB`);
+  const found = number("HugePages_Total") > 0 ? "all reserved huge pages are in use" : "none are reserved";
+  return sizeKiB === 0
+    ? not("missing", "hugepages", "this kernel has none", "A kernel with CONFIG_HUGETLBFS has them.")
+    : not(
+        "limited",
+        "hugepages",
+        found,
+        `For a guest of 256 MiB: sysctl vm.nr_hugepages=${Math.ceil((256 * 1024) / sizeKiB)}`,
+      );
 };
 
 /** Bit 12 of a capability set, linux/capability.h. */
 const CAP_NET_ADMIN = 12;
 
-const checkTap = (host: Host): Finding => {
-  const unused = "loopguest does not use tap devices yet.";
-  const code = host.open("/dev/net/tun");
-  if (code !== undefined) {
-    const remedy = "modprobe tun; in a container, pass /dev/net/tun in.";
-    return not("missing", "tap", `/dev/net/tun: ${code}`, `${unused} ${remedy}`);
-  }
+const mayChangeNetwork = (host: Host): boolean => {
   const status = host.readText("/proc/self/status");
   const effective = "text" in status ? /^CapEff:\s*([0-9a-f]+)/m.exec(status.text)?.[1] : undefined;
-  if (effective !== undefined && hasCapability(effective, CAP_NET_ADMIN)) {
-    return ok("tap", `/dev/net/tun opens, with CAP_NET_ADMIN; ${unused}`);
+  return effective !== undefined && hasCapability(effective, CAP_NET_ADMIN);
+};
+
+/** For --tunnet=IP and --tunnet=tap:NAME. */
+const checkTap = (host: Host): Finding => {
+  const code = host.open("/dev/net/tun");
+  if (code !== undefined) {
+    const remedy =
+      code === "EACCES" || code === "EPERM"
+        ? "chmod 666 /dev/net/tun, as it usually is; or take --tunnet=user."
+        : "modprobe tun; in a container, pass /dev/net/tun in. Or take --tunnet=user.";
+    return not("missing", "tap", `/dev/net/tun: ${code}`, remedy);
   }
-  const remedy =
-    "Without CAP_NET_ADMIN a tap device has to be made for you: ip tuntap add mode tap user $USER";
-  return not("limited", "tap", "/dev/net/tun opens, but CAP_NET_ADMIN is missing", `${unused} ${remedy}`);
+  if (mayChangeNetwork(host)) return ok("tap", "/dev/net/tun opens, with CAP_NET_ADMIN");
+  return not(
+    "limited",
+    "tap",
+    "/dev/net/tun opens, but CAP_NET_ADMIN is missing",
+    "Have one made for you, and name it with --tunnet=tap:NAME: ip tuntap add mode tap user $USER name NAME; or take --tunnet=user.",
+  );
+};
+
+/** For --tunnet=bridge:NAME. */
+const checkBridge = (host: Host): Finding => {
+  const bridges = host.bridges();
+  const found = bridges.length === 0 ? "there is no bridge" : `bridges: ${bridges.join(", ")}`;
+  if (!mayChangeNetwork(host)) {
+    const name = bridges[0] ?? "BRIDGE";
+    return not(
+      "limited",
+      "bridge",
+      `${found}; joining one needs CAP_NET_ADMIN`,
+      `Have a tap made that is in it, and take --tunnet=tap:NAME: ip tuntap add mode tap user $USER name NAME && ip link set NAME master ${name}`,
+    );
+  }
+  if (bridges.length > 0) return ok("bridge", found);
+  return not("limited", "bridge", found, "ip link add br0 type bridge && ip link set br0 up");
+};
+
+/** For --tunnet=user. */
+const checkPasst = (host: Host): Finding => {
+  const path = host.which("passt");
+  if (path !== undefined) return ok("passt", path);
+  return not(
+    "limited",
+    "passt",
+    "not found, so there is no --tunnet=user",
+    "Install Debian's package passt: apt-get install passt",
+  );
 };
 
 /** `hex` is a 64-bit set as /proc prints it, the highest digit first: four bits a digit. */
@@ -288,6 +350,14 @@ const thisHost = (): Host => ({
           return false;
         }
       }),
+  bridges: () => {
+    try {
+      const cards = fs.readdirSync("/sys/class/net");
+      return cards.filter((card) => fs.existsSync(`/sys/class/net/${card}/bridge`)).sort();
+    } catch {
+      return [];
+    }
+  },
   // isatty, because a look at process.stdin would make a stream of it.
   terminal: {
     stdin: tty.isatty(0),
