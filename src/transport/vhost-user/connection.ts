@@ -36,7 +36,6 @@ import {
   type Message,
   NEEDS_FEATURE,
   PROTOCOL_F_REPLY_ACK,
-  PROTOCOL_F_STATUS,
   PROTOCOL_FEATURES,
   ProtocolError,
   parseHeader,
@@ -79,6 +78,8 @@ export class Connection {
   #inflight: Inflight | undefined;
   /** The device status, for front-ends that accepted STATUS. */
   #status = 0;
+  /** Status 0 was set, and neither DRIVER_OK nor an enabled ring has come since. */
+  #isReset = false;
   /** A rule was broken; until the device is reset. */
   #needsReset = false;
   #backendFd = -1;
@@ -144,10 +145,13 @@ export class Connection {
     ring.start(this.#memory, this.#features, this.#inflight, lenient);
   }
 
-  /** Nothing is served before DRIVER_OK (Virtual I/O Device 1.2, section 3.1.1), where we are told of it. */
+  /**
+   * Whether the driver has neither reset the device nor given up since. An enabled ring is the front-end's word that
+   * the driver is ready (vhost-user, "Ring states"); DRIVER_OK itself may never come: QEMU 7.2 sends it for a disk
+   * and not for an entropy source.
+   */
   get #isDriverReady(): boolean {
-    if (!has(this.#protocolFeatures, PROTOCOL_F_STATUS)) return true;
-    return (this.#status & STATUS.DRIVER_OK) !== 0 && (this.#status & STATUS.FAILED) === 0;
+    return !this.#isReset && (this.#status & STATUS.FAILED) === 0;
   }
 
   /** Stops the rings around a change of something that they use. */
@@ -424,7 +428,9 @@ export class Connection {
       Effect.flatMap((status) => {
         this.#traceStatus(status);
         this.#status = status & ~STATUS.NEEDS_RESET;
+        if ((status & STATUS.DRIVER_OK) !== 0) this.#isReset = false;
         if (status === 0) {
+          this.#isReset = true;
           this.#needsReset = false;
           for (const ring of this.#rings) ring.broken = false;
         }
@@ -445,6 +451,7 @@ export class Connection {
     Effect.map(this.#stopRings, () => {
       this.#features = 0n;
       this.#status = 0;
+      this.#isReset = false;
       this.#needsReset = false;
       for (const ring of this.#rings) ring.reset();
     }),
@@ -471,6 +478,7 @@ export class Connection {
       });
       if (message.request === REQUEST.SET_VRING_ENABLE && value !== 0) {
         ring.enabled = true;
+        this.#isReset = false;
       } else {
         yield* ring.stop;
         if (message.request === REQUEST.SET_VRING_ENABLE) ring.enabled = false;

@@ -59,25 +59,29 @@ async function expectSilence(driver: BlockDriver): Promise<void> {
   if (driver.used !== used) throw new Error("a request was served that should not have been");
 }
 
-ringTest("nothing is served before DRIVER_OK, and everything that waited then", async (t) => {
-  await withBlockServer(async (served) => {
-    await withFrontEnd(served, PROTOCOL.STATUS, async (frontEnd, driver) => {
-      await setStatus(frontEnd, STATUS.ACKNOWLEDGE | STATUS.DRIVER);
-      driver.setUp(frontEnd);
-      const slot = driver.offer({ type: BLOCK.IN, sector: 3, length: 512 });
-      await expectSilence(driver);
-      await setStatus(frontEnd, READY);
-      t.is(await getStatus(frontEnd), READY);
-      await driver.drained();
-      t.deepEqual(driver.data(slot, 512), sectorPattern(3));
-      // A driver that gives up is not served either.
-      driver.offer({ type: BLOCK.IN, sector: 3, length: 512 });
-      await setStatus(frontEnd, READY | STATUS.FAILED);
-      await expectSilence(driver);
-      t.deepEqual(served.reports, []);
+ringTest(
+  "a ring is served once it is enabled, DRIVER_OK or not; a driver that failed is not served",
+  async (t) => {
+    await withBlockServer(async (served) => {
+      await withFrontEnd(served, PROTOCOL.STATUS, async (frontEnd, driver) => {
+        await setStatus(frontEnd, STATUS.ACKNOWLEDGE | STATUS.DRIVER);
+        driver.setUp(frontEnd);
+        await frontEnd.order(REQUEST.SET_VRING_ENABLE, words(0, 0));
+        const slot = driver.offer({ type: BLOCK.IN, sector: 3, length: 512 });
+        await expectSilence(driver);
+        t.is(await getStatus(frontEnd), STATUS.ACKNOWLEDGE | STATUS.DRIVER);
+        frontEnd.setVringEnable(0, 1);
+        await driver.drained();
+        t.deepEqual(driver.data(slot, 512), sectorPattern(3));
+        // A driver that gives up is not served either.
+        driver.offer({ type: BLOCK.IN, sector: 3, length: 512 });
+        await setStatus(frontEnd, READY | STATUS.FAILED);
+        await expectSilence(driver);
+        t.deepEqual(served.reports, []);
+      });
     });
-  });
-});
+  },
+);
 
 ringTest("status 0 stops the rings where they are; DRIVER_OK lets them go on", async (t) => {
   await withBlockServer(async (served) => {
