@@ -75,6 +75,9 @@ export interface Launcher {
   readonly untilStdout: (pattern: RegExp) => Promise<RegExpExecArray>;
 }
 
+/** LOOPGUEST_TEST_COMPLETION=epoll: all guests on epoll, in place of the few that are in any case. */
+const completion = process.env.LOOPGUEST_TEST_COMPLETION;
+
 /**
  * Starts the launcher, in a checkout as in `npm start`. The process is the launcher itself: setpriv makes it end
  * with this process, and sh closes stdin, each before it becomes the next.
@@ -98,7 +101,8 @@ export const launch = (
     "--import=tsx",
     "src/main.ts",
   ];
-  const child = spawn(words[0], [...words.slice(1), ...args], {
+  const chosen = completion === undefined || args[0] === "doctor" ? [] : [`--completion=${completion}`];
+  const child = spawn(words[0], [...words.slice(1), ...withOptions(args, chosen)], {
     cwd: checkout,
     stdio: [options.stdin === "pipe" ? "pipe" : "ignore", "pipe", "pipe"],
     env: { ...process.env, ...options.env },
@@ -142,6 +146,10 @@ export const launch = (
       ),
   };
 };
+
+/** Options stand before the first positional argument, and behind the name of a command. */
+const withOptions = (args: readonly string[], options: readonly string[]): string[] =>
+  args[0] === "serve" || args[0] === "run" ? [args[0], ...options, ...args.slice(1)] : [...options, ...args];
 
 const asUser = (uid: number): string[] => [`--reuid=${uid}`, `--regid=${uid}`, "--clear-groups"];
 

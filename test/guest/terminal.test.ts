@@ -17,7 +17,8 @@ const test = testWith(
 );
 
 const checkout = path.resolve(import.meta.dirname, "../..");
-const launch = `${process.execPath} --import=tsx src/main.ts`;
+const completion = process.env.LOOPGUEST_TEST_COMPLETION;
+const launch = `${process.execPath} --import=tsx src/main.ts${completion ? ` --completion=${completion}` : ""}`;
 
 /** The first start may have to fetch the kernel. */
 const bootTimeoutMs = 180_000;

@@ -171,6 +171,16 @@ onBoth("resets, idle and busy, and FAILED", async (t, scene) => {
   }
 });
 
+onBoth("every device is reset with buffers in its rings, and works afterwards", async (t, scene) => {
+  const { status, stdout, stderr } = await run(
+    t,
+    scene,
+    [`--block=${scene.disk}`, "--rng"],
+    "script=reset-all",
+  );
+  t.deepEqual([status, stdout, stderr], [0, "round\n".repeat(10), ""]);
+});
+
 onBoth("the entropy device fills whole buffers", async (t, scene) => {
   t.deepEqual(await run(t, scene, ["--rng"], "script=rng"), { status: 0, stdout: "rng ok\n", stderr: "" });
 });
@@ -254,6 +264,23 @@ onBoth("a guest that idles is ended by a signal", async (t, scene) => {
   await untilStdout(child, "idle\n");
   child.process.kill("SIGINT");
   t.is((await ended(child)).status, 130, child.stderr());
+});
+
+onBoth("three ^C leave, and the terminal is as it was", async (t, scene) => {
+  const words = [`--lguest-device=${scene.device}`, "32", scene.kernel, "script=idle"];
+  const program = path.join(checkout, "test/support/leave-terminal.py");
+  const child = startChild(t, "python3", [program, "idle", ...scene.command, ...words]);
+  const { stdout, stderr } = await ended(child);
+  t.deepEqual(
+    JSON.parse(stdout),
+    {
+      status: 130,
+      before: [true, true, true],
+      during: [false, false, false],
+      after: [true, true, true],
+    },
+    stderr,
+  );
 });
 
 onBoth("packets go through a real tap", async (t, scene) => {

@@ -265,6 +265,38 @@ static void reboots(struct guest *g)
 	power_down(g);
 }
 
+/* Every device is reset while its queues hold buffers, and works afterwards. */
+static void reset_all(struct guest *g)
+{
+	struct device c = find_device(g, CONSOLE, 0), d = find_device(g, BLOCK, 0), r = find_device(g, RNG, 0);
+
+	for (int round = 0; round < 10; round++) {
+		uint32_t length;
+
+		start(&c, FEATURE_EVENT_IDX);
+		start(&d, BLOCK_FLUSH);
+		start(&r, 0);
+		for (int i = 0; i < 8; i++)
+			make_available(&c.queue[0], add_descriptor(&c.queue[0], BUFFER + 0x2000, 64, DESC_WRITE));
+		kick(&c.queue[0]);
+		make_available(&r.queue[0], add_descriptor(&r.queue[0], BUFFER + 0x3000, 4096, DESC_WRITE));
+		kick(&r.queue[0]);
+		check_sectors(&d, 1, 8);
+		wait_used(&r.queue[0], &length);
+		must(g, length == 4096, "the entropy device works");
+		print(&c, "round\n");
+		/* One more is under way as it is reset. */
+		make_available(&r.queue[0], add_descriptor(&r.queue[0], BUFFER + 0x3000, 4096, DESC_WRITE));
+		kick(&r.queue[0]);
+		set_status(&r, 0);
+		set_status(&c, 0);
+		set_status(&d, 0);
+		must(g, is_zero(g, c.queue[0].base, 6 * PAGE), "the console's rings are clear");
+		must(g, is_zero(g, r.queue[0].base, 3 * PAGE), "the entropy device's ring is clear");
+	}
+	power_down(g);
+}
+
 static void die(struct guest *g)
 {
 	say(g, "last words\n");
@@ -337,10 +369,10 @@ static void bad_rings(struct guest *g)
 }
 
 /* Asks who has the host's address and waits for the answer. The frame has the legacy header of 10 bytes. */
-static void net(struct guest *g)
+static void ask_who_has(struct device *d)
 {
-	struct device d = find_device(g, NET, 0);
-	struct queue *in = &d.queue[0], *out = &d.queue[1];
+	struct guest *g = d->guest;
+	struct queue *in = &d->queue[0], *out = &d->queue[1];
 	static const uint8_t request[10 + 42] = {
 		[10] = 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0, 0, 0, 0, 0x99, 0x08, 0x06, /* Ethernet */
 		0, 1, 0x08, 0, 6, 4, 0, 1, /* ARP request */
@@ -349,7 +381,7 @@ static void net(struct guest *g)
 	uint8_t frame[10 + 60];
 	uint32_t length;
 
-	start(&d, 1u << 5);
+	start(d, 1u << 5);
 	for (uint32_t i = 0; i < 16; i++)
 		make_available(in, add_descriptor(in, BUFFER + i * 0x1000, 0x1000, DESC_WRITE));
 	kick(in);
@@ -370,6 +402,17 @@ static void net(struct guest *g)
 	}
 	must(g, !memcmp(frame + 10, request + 16, 6), "the answer is for us");
 	must(g, !memcmp(frame + 38, request + 48, 4), "and from the one we asked for");
+	/* With buffers in the ring. */
+	set_status(d, 0);
+	must(g, is_zero(g, in->base, 3 * PAGE), "the ring of received packets is clear");
+}
+
+static void net(struct guest *g)
+{
+	struct device d = find_device(g, NET, 0);
+
+	for (int round = 0; round < 3; round++)
+		ask_who_has(&d);
 	say(g, "net ok\n");
 	power_down(g);
 }
@@ -394,7 +437,7 @@ static const struct {
 	void (*run)(struct guest *g);
 } scripts[] = {
 	{ "boot", boot }, { "console", console }, { "block", block }, { "rng", rng }, { "reset", reset },
-	{ "busy-reset", busy_reset }, { "reboots", reboots }, { "die", die }, { "bad-notify", bad_notify },
+	{ "busy-reset", busy_reset }, { "reset-all", reset_all }, { "reboots", reboots }, { "die", die }, { "bad-notify", bad_notify },
 	{ "endless-string", endless_string }, { "bad-rings", bad_rings }, { "net", net }, { "idle", idle },
 };
 
