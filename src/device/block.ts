@@ -531,7 +531,7 @@ function readHeader(chain: DescriptorChain): void {
   const offset = chain.offset[0];
   if (chain.length[0] >= HEADER_BYTES && (offset & 3) === 0 && offset + HEADER_BYTES <= WINDOW_BYTES) {
     const words = chain.region[0].words[0];
-    const at = offset / 4;
+    const at = (offset / 4) | 0;
     header[0] = words[at];
     header[2] = words[at + 2];
     header[3] = words[at + 3];

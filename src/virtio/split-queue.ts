@@ -215,7 +215,7 @@ export class SplitQueue {
       const at = (available[2 + ((next + n) & mask)] & mask) * 4;
       const first = descriptors[at] + descriptors[at + 1] * 0x100000000 - base;
       if (!(first >= 0 && first < end)) continue;
-      const word = Math.floor(first / 4);
+      const word = (first / 4) | 0;
       if ((descriptors[at + 3] & DESC_F_INDIRECT) === 0) {
         seen ^= words[word];
         continue;
@@ -223,7 +223,7 @@ export class SplitQueue {
       // A block request's table has three entries, and the first is of its header.
       seen ^= words[word + 8];
       const second = words[word] + words[word + 1] * 0x100000000 - base;
-      if (second >= 0 && second < end) seen ^= words[Math.floor(second / 4)];
+      if (second >= 0 && second < end) seen ^= words[(second / 4) | 0];
     }
     this.#seen = (this.#seen ^ seen) & 1;
   }
@@ -257,7 +257,8 @@ export class SplitQueue {
         size = length / DESC_BYTES;
         if (offset + length <= WINDOW_BYTES && (offset & 3) === 0) {
           table = region.words[0];
-          first = offset / 4;
+          // Below 2^30, and as an integer for the compiler, too.
+          first = (offset / 4) | 0;
         } else {
           // In a later window, across two, or not aligned to words.
           copyWords(region, offset, length / 4, indirectScratch);
