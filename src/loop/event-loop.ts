@@ -110,7 +110,6 @@ export class EventLoop {
   readonly counters: LoopCounters = { turns: 0, laps: 0, settles: 0, spins: 0, spinHits: 0 };
 
   #hot: LoopMember[] = [];
-  readonly #isHot = new Set<LoopMember>();
   #workSinceSettle = 0;
   #yielding = false;
   /** Looking out for work after everything is settled, and before somebody who waits is told. */
@@ -128,17 +127,16 @@ export class EventLoop {
 
   /** Counts the member among those that work in every lap, until its settle says that it is cold. */
   heat(member: LoopMember): void {
-    if (this.#isHot.has(member)) return;
-    this.#isHot.add(member);
+    if (this.#hot.includes(member)) return;
     this.#hot.push(member);
     this.wake();
   }
 
   /** Takes a member out at once: it is being stopped. */
   remove(member: LoopMember): void {
-    if (!this.#isHot.delete(member)) return;
+    const at = this.#hot.indexOf(member);
     // In place: the lap that is under way walks this very array.
-    this.#hot[this.#hot.indexOf(member)] = REMOVED;
+    if (at >= 0) this.#hot[at] = REMOVED;
   }
 
   /** Ends the turn that is under way after this lap: somebody outside (libuv) needs the thread. */

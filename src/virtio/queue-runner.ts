@@ -1,11 +1,10 @@
 /**
- * A queue at work: the fiber that waits for kicks, and the batches between two sleeps.
+ * A queue at work: the batches between two sleeps, and the fiber that stands for its life.
  *
  * From a kick on, the runner is a hot member of the loop. In every lap it publishes what completed, interrupts
  * a guest that is waiting when enough has come together, and lets the device take a bounded batch. When there
  * is nothing more, the before-idle step (settle) publishes the rest, interrupts if the guest wants it, turns
- * notifications on again and looks once more; then the runner is cold and its fiber is parked until the next
- * kick. Per chain and per completion nothing is allocated and no Effect runs.
+ * notifications on again and looks once more; then the runner is cold until the next kick. Per chain and per completion nothing is allocated and no Effect runs.
  */
 import * as Effect from "effect/Effect";
 import type { EventLoop, LoopMember } from "../loop/event-loop.ts";
@@ -67,8 +66,8 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly #service: QueueService;
   readonly #signalAfter: number;
   readonly #latency: Latency | undefined;
-  /** Resumes the parked fiber; undefined while it runs. */
-  #unpark: ((next: Effect.Effect<void, VirtqueueFault>) => void) | undefined;
+  /** Ends the parked fiber; undefined before it runs and after its end. */
+  #unpark: ((end: Effect.Effect<never, VirtqueueFault>) => void) | undefined;
   #batch = BATCH_FIRST;
   #available = 0;
   #fault: VirtqueueFault | undefined;
@@ -112,23 +111,25 @@ export class QueueRunner implements LoopMember, QueuePort {
     return this.#queue.nextAvailable;
   }
 
-  /** Serves the queue for ever; fails when the driver breaks a rule. One fiber runs it. */
-  readonly run: Effect.Effect<never, VirtqueueFault> = Effect.suspend(() => {
+  /**
+   * Serves the queue for ever; fails when the driver breaks a rule. One fiber runs it: it stands for the queue's life,
+   * and is parked from its start to its end. A kick needs no fiber; a plain call makes the queue hot.
+   */
+  readonly run: Effect.Effect<never, VirtqueueFault> = Effect.callback<never, VirtqueueFault>((resume) => {
+    if (this.#fault !== undefined) {
+      resume(Effect.fail(this.#fault));
+      return;
+    }
+    this.#unpark = resume;
     this.#goHot();
-    return Effect.forever(Effect.andThen(this.#parked, Effect.sync(this.#goHot)));
   });
 
-  readonly #parked = Effect.callback<void, VirtqueueFault>((resume) => {
-    if (this.#fault !== undefined) resume(Effect.fail(this.#fault));
-    else this.#unpark = resume;
-  });
-
-  readonly #goHot = (): void => {
-    if (this.#state !== "running" || this.#hot) return;
+  #goHot(): void {
+    if (this.#state !== "running" || this.#fault !== undefined) return;
     this.#queue.disableNotifications();
     this.#batch = BATCH_FIRST;
     this.#heat();
-  };
+  }
 
   #heat(): void {
     if (this.#hot) return;
@@ -144,10 +145,8 @@ export class QueueRunner implements LoopMember, QueuePort {
 
   wake(): void {
     this.#declined = false;
-    if (this.#hot) return;
-    const unpark = this.#unpark;
-    this.#unpark = undefined;
-    unpark?.(Effect.void);
+    // Before run there is nobody to tell of a fault.
+    if (!this.#hot && this.#unpark !== undefined) this.#goHot();
   }
 
   fail(reason: string): void {
