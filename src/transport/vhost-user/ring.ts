@@ -7,7 +7,7 @@
 import * as Effect from "effect/Effect";
 import * as Fiber from "effect/Fiber";
 import * as Semaphore from "effect/Semaphore";
-import { POLL_IN, type Slot } from "../../loop/completion-queue.ts";
+import { POLL_HUP, POLL_IN, type Slot } from "../../loop/completion-queue.ts";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestMemory } from "../../memory/guest-memory.ts";
 import { native } from "../../native.ts";
@@ -132,8 +132,8 @@ export class Ring {
     const slot = queue.claim((result, more) => {
       if (result >= 0 && this.#kickEnded === undefined) runner.kick();
       if (more) return;
-      // Ended: by us, or by the kernel, which may end a multishot at any time.
-      if (this.#kickEnded !== undefined || result < 0) {
+      // Ended: by us, or by the kernel, which may end a multishot at any time. After a hang-up nobody can kick.
+      if (this.#kickEnded !== undefined || result < 0 || (result & POLL_HUP) !== 0) {
         queue.release(slot);
         this.#kickSlot = undefined;
         this.#kickEnded?.();
