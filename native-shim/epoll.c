@@ -65,7 +65,8 @@ static bool begin(struct epoll_queue *queue, uint32_t slot)
 		o->kind = operation_classify(o->fd);
 		o->kind_fd = o->fd;
 	}
-	is_disk = o->kind == KIND_CACHED || o->kind == KIND_POOLED;
+	/* It may change while it is tried, from one kind of disk to another. */
+	is_disk = o->kind <= KIND_POOLED;
 	result = operation_attempt(o);
 	if (result != -EAGAIN) {
 		complete(queue, slot, result);

@@ -143,23 +143,27 @@ static long attempt_blocking(const struct operation *o)
 	return result;
 }
 
-/* What the page cache holds is read at once; the rest, and every doubt, is the pool's. */
+/* What the page cache can do is done at once; the rest, and every doubt, is the pool's. */
 static long attempt_cached(struct operation *o)
 {
-	long result = -EAGAIN;
+	long result;
 
-	if (o->flags == 0 || is_read(o))
-		result = operation_perform(o, RWF_NOWAIT);
-	if (result < 0 && is_unsupported((int)-result))
-		o->kind = KIND_POOLED;
+	if (!is_read(o) && (o->flags || o->kind == KIND_READ_CACHED))
+		return -EAGAIN;
+	result = operation_perform(o, RWF_NOWAIT);
+	if (result < 0 && is_unsupported((int)-result)) {
+		o->kind = is_read(o) ? KIND_POOLED : KIND_READ_CACHED;
+		return -EAGAIN;
+	}
 	/* Some kernels say 0 where they should say EAGAIN. */
-	return result == 0 || (result < 0 && is_unsupported((int)-result)) ? -EAGAIN : result;
+	return result == 0 ? -EAGAIN : result;
 }
 
 long operation_attempt(struct operation *o)
 {
 	switch (o->kind) {
 	case KIND_CACHED:
+	case KIND_READ_CACHED:
 		return attempt_cached(o);
 	case KIND_SOCKET:
 		return attempt_socket(o);

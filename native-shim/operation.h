@@ -25,7 +25,8 @@ enum state { IDLE, QUEUED, WAITING, WORKING, DONE };
 /* What is known about the descriptor of a slot; 0 until somebody has looked. */
 enum kind {
 	KIND_UNKNOWN,
-	KIND_CACHED, /* a disk behind the page cache: may be read at once, else the pool */
+	KIND_CACHED, /* a disk behind the page cache: what need not wait is done at once, the rest by the pool */
+	KIND_READ_CACHED, /* the same, but its writes are only the pool's: no RWF_NOWAIT for them */
 	KIND_POOLED, /* only the pool: direct I/O, or no RWF_NOWAIT */
 	KIND_SOCKET,
 	KIND_NONBLOCKING, /* a stream that never blocks */

@@ -32,6 +32,7 @@ const PT_LOAD = 1;
 const BOOT = {
   E820_ENTRIES: 0x1e8,
   SETUP_SECTS: 0x1f1,
+  JUMP: 0x201,
   MAGIC: 0x202,
   VERSION: 0x206,
   TYPE_OF_LOADER: 0x210,
@@ -46,7 +47,8 @@ const BOOT = {
 } as const;
 
 const HDRS = 0x53726448;
-const BZIMAGE_BYTES_MIN = 0x250;
+/** As far as the setup header can reach. */
+const BZIMAGE_BYTES_MIN = BOOT.MAGIC + 0xff;
 const BZIMAGE_AT = 0x100000;
 const BOOT_VERSION = 0x207;
 const SUBARCH_LGUEST = 1;
@@ -171,6 +173,10 @@ function loadBzImage(memory: Uint8Array, file: ImageFile, head: DataView): numbe
   const sectors = head.getUint8(BOOT.SETUP_SECTS) || 4;
   const skip = (sectors + 1) * 512;
   readInto(memory, file, "its protected-mode code", skip, Math.max(0, file.size - skip), BZIMAGE_AT);
+  // "The setup header at offset 0x1f1 of kernel image on should be loaded into struct boot_params"; its end is where the
+  // jump in front of the magic leads (boot.txt). A relocatable kernel looks there for the alignment it wants.
+  const end = Math.min(BOOT.MAGIC + head.getUint8(BOOT.JUMP), head.byteLength);
+  for (let i = BOOT.SETUP_SECTS; i < end; i++) memory[i] = head.getUint8(i);
   return head.getUint32(BOOT.CODE32_START, true);
 }
 

@@ -12,7 +12,7 @@ import { checkout } from "../guest/launcher.ts";
 import { prepareIa32, whyNoIa32 } from "../support/lguest/node-ia32.ts";
 import { bzImage, elfKernel, lguestTest, mountStandIn } from "../support/lguest/stand-in.ts";
 
-const PATIENCE_MS = 60_000;
+const PATIENCE_MS = 120_000;
 const SECTORS = 2048;
 
 const bundleFolder = fs.mkdtempSync(path.join(os.tmpdir(), "loopguest-lguest-"));
@@ -121,8 +121,8 @@ onBoth(
 onBoth("a bzImage is loaded behind its set-up sectors", async (t, scene) => {
   for (const sectors of [3, 31]) {
     fs.writeFileSync(scene.kernel, bzImage(sectors));
-    const { status, stdout, stderr } = await run(t, scene, [], "script=boot");
-    t.deepEqual([status, stdout, stderr], [0, "command line: script=boot\ndevice 3: 2 queues\n", ""]);
+    const { status, stdout, stderr } = await run(t, scene, [], "script=boot bzImage");
+    t.deepEqual([status, stdout, stderr], [0, "command line: script=boot bzImage\ndevice 3: 2 queues\n", ""]);
   }
 });
 

@@ -276,6 +276,31 @@ test.serial(
   }),
 );
 
+test.serial(
+  "a slot that has written still reads from the page cache at once",
+  withEpoll(async ({ queue, memory, folder, claim, pump }, t) => {
+    const fd = fs.openSync(join(folder, "file"), "w+");
+    fs.writeSync(fd, Buffer.alloc(8192, 7));
+    const { slot, seen } = claim();
+    /** Whether a read has completed when it was submitted. */
+    const readsAtOnce = async (): Promise<boolean> => {
+      queue.read(slot, fd, memory.address, 4096, 4096);
+      queue.submit();
+      const atOnce = queue.drain(10) === 1;
+      await pump("the read", () => seen.length > 0);
+      t.deepEqual(seen.splice(0), [[4096, false]]);
+      return atOnce;
+    };
+    const before = await readsAtOnce();
+    queue.write(slot, fd, memory.address, 4096, 0, 0);
+    await pump("the write", () => seen.length > 0);
+    t.deepEqual(seen.splice(0), [[4096, false]]);
+    t.is(await readsAtOnce(), before);
+    if (!before) t.log("this file system reads only in the pool");
+    fs.closeSync(fd);
+  }),
+);
+
 test.serial("closing waits for the pool and leaves neither threads nor descriptors", async (t) => {
   const folder = scratchFolder();
   const threads = (): number => fs.readdirSync("/proc/self/task").length;

@@ -19,7 +19,7 @@ enum { INITIALIZE = 0, IRQ = 2, EVENTFD = 4 };
 #define LGUEST_ERESTART 85
 
 #define FILE_INODE 2
-#define PATIENCE_SECONDS 60
+#define PATIENCE_SECONDS 90
 
 int boots;
 

@@ -90,6 +90,10 @@ static void boot(struct guest *g)
 	must(g, read32(g, 0x23c) == 1, "hardware_subarch 1");
 	must(g, read8(g, 0x211) & 0x40, "KEEP_SEGMENTS");
 	must(g, read32(g, 0x228) == 0x1000, "the command line is behind boot_params");
+	if (strstr(g->command_line, "bzImage")) {
+		must(g, read32(g, 0x230) == 0x1000000, "the setup header is in boot_params");
+		must(g, read32(g, 0x260) == 0, "and nothing behind it");
+	}
 	if (strstr(g->command_line, "initrd")) {
 		uint32_t image = read32(g, 0x218), size = read32(g, 0x21c);
 

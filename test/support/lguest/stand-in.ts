@@ -38,7 +38,7 @@ export function lguestTest(
     return;
   }
   test.serial(title, async (t) => {
-    t.timeout(180_000);
+    t.timeout(300_000);
     await body(t);
   });
 }
@@ -118,7 +118,11 @@ export function bzImage(sectors: number): Buffer {
   code.write("second segment!!", 0x80000, "latin1");
   const header = Buffer.alloc(skip);
   header.writeUInt8(sectors, 0x1f1);
+  // The header ends at 0x260; kernel_alignment is 0x1000000.
+  header.writeUInt8(0x5e, 0x201);
   header.write("HdrS", 0x202, "latin1");
+  header.writeUInt32LE(0x1000000, 0x230);
+  header.writeUInt32LE(0xdeadbeef, 0x260);
   header.writeUInt32LE(0x100000 + ENTRY_OFFSET, 0x214);
   return Buffer.concat([header, code]);
 }
