@@ -8,8 +8,9 @@ import { TokenBucket, UNLIMITED } from "./device/byte-rate.ts";
 import { type DiskError, openDisk } from "./device/disk-file.ts";
 import { parseIp } from "./device/ip-address.ts";
 import { NetDevice } from "./device/net.ts";
-import { type NetBackend, NetError } from "./device/net-backend.ts";
+import type { NetBackend, NetError } from "./device/net-backend.ts";
 import { parseMac, randomMac } from "./device/net-format.ts";
+import { openPasst } from "./device/passt.ts";
 import { type EntropyError, openEntropy, RngDevice } from "./device/rng.ts";
 import { openTap } from "./device/tap.ts";
 import type { OpenLoop } from "./loop/open-loop.ts";
@@ -86,7 +87,7 @@ function openNetBackend({
     case "tap":
       return openTap({ what, queues, host });
     case "user":
-      return Effect.fail(new NetError({ message: `${what} is not there yet in this version of loopguest` }));
+      return openPasst({ what, publish: host.publish });
   }
 }
 

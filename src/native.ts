@@ -122,6 +122,8 @@ export interface Native {
     offset: number,
     length: number,
   ): number;
+  /** 0: a write would find less than three quarters of the socket's buffer free; 1: it would not; or -errno. */
+  isWritable(fd: number): number;
   /** A datagram socket for ioctls on network interfaces, or -errno. */
   inetSocket(isIpv6: boolean): number;
   /** Two connected stream sockets, close-on-exec, into `fds`: 0 or -errno. */

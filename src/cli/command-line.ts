@@ -211,6 +211,8 @@ A comma after a file name closes the name: --block=odd,readonly, is the file "od
   IP[/PREFIX][:MAC]    a tap with this address; the default guest's eth0 takes the next one (needs root)
   bridge:NAME[:MAC]    a tap in this bridge (needs root)
   tap:NAME[:MAC]       a tap that was made beforehand; needs no privilege
+  user[:MAC][,publish=HOST:GUEST]...
+                       no tap, no privilege: passt connects the guest, and publish forwards a TCP port to it
 
 Exit status: 0 after a power-off; with --exec that of the command; 1 when the guest panics or a device
 cannot start; 2 for a wrong command line; 130 after three ^C.

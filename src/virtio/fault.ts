@@ -9,6 +9,11 @@ export class VirtqueueFault extends Data.TaggedError("VirtqueueFault")<{
   readonly queue: string;
   /** Which rule, and the offending value. */
   readonly reason: string;
+  /**
+   * The available index went back. User-Mode Linux does that when it lets go of a card's buffers, and tells only a
+   * moment later that it is done with the queue (virtqueue_detach_unused_buf of Linux; virtio_uml's reset says nothing).
+   */
+  readonly isStepBack?: boolean;
 }> {
   override get message(): string {
     return `${this.queue}: ${this.reason}`;

@@ -154,9 +154,8 @@ export class SplitQueue {
     const index = Atomics.load(this.#available, 1);
     const count = (index - this.nextAvailable) & 0xffff;
     if (count > this.size) {
-      throw this.#fault(
-        `available index ${index} is ${count} ahead of ${this.nextAvailable}, more than the queue size ${this.size}`,
-      );
+      const reason = `available index ${index} is ${count} ahead of ${this.nextAvailable}, more than the queue size ${this.size}`;
+      throw new VirtqueueFault({ queue: this.name, reason, isStepBack: count >= 0x10000 - this.size });
     }
     return count;
   }

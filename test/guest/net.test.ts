@@ -4,7 +4,16 @@ import * as fs from "node:fs";
 import * as path from "node:path";
 import type { ExecutionContext } from "ava";
 import { type Child, startChild, until } from "./child.ts";
-import { checkout, type Ended, guestTest, launch, makeFolder, runLauncher } from "./launcher.ts";
+import {
+  checkout,
+  descendants,
+  type Ended,
+  guestTest,
+  launch,
+  makeFolder,
+  remaining,
+  runLauncher,
+} from "./launcher.ts";
 import { makeNetns, type Netns } from "./netns.ts";
 import { ordinaryUser } from "./ordinary-user.ts";
 
@@ -14,6 +23,8 @@ const test = await guestTest(
   ["iperf3", "iperf3"],
   ["bash", "bash"],
   ["unshare", "util-linux"],
+  ["passt", "passt"],
+  ["busybox", "busybox-static"],
 );
 
 /** How much a transfer moves, and how long iperf3 runs. The long form of the issue: 1024 MiB and 10 s. */
@@ -185,4 +196,66 @@ test("an ordinary user takes a tap that root made, and is told what to do about 
   );
   // A persistent tap stays.
   t.regex(netns.run("ip", "link"), /mine7/);
+});
+
+test("an ordinary user's guest with --tunnet=user: DHCP, TCP both ways, a published port, passt's end", async (t) => {
+  const folder = makeFolder(t);
+  const netns = await makeNetns(t);
+  const { options } = await ordinaryUser(folder);
+  const { file, sha256 } = makeData(folder, transferMiB);
+  fs.chmodSync(file, 0o644);
+  // passt takes address and gateway from the interface with the default route; the gateway's address leads the guest
+  // to the host's own.
+  netns.run("ip", "tuntap", "add", "up0", "mode", "tap");
+  netns.run("ip", "addr", "add", "10.77.0.2/24", "dev", "up0");
+  netns.run("ip", "link", "set", "up0", "up");
+  netns.run("ip", "route", "add", "default", "via", "10.77.0.1", "dev", "up0");
+  const tcp = [process.execPath, "--import=tsx", "test/guest/tcp-peer.ts", "5001", file];
+  const peer = await startPeer(t, netns, tcp, /ready/);
+  const script = `set -e
+ip -o addr show dev eth0 | grep -o 'inet [0-9./]*'
+ip route show default
+exec 3<>/dev/tcp/10.77.0.1/5001
+sha256sum <&3
+cat ${file} >&3
+exec 3>&-
+echo listening
+busybox nc -l -p 80 -e cat`;
+  fs.writeFileSync(path.join(folder, "script"), script);
+  const inside = { ...options, prefix: netns.prefix };
+  const guest = launch(t, ["--tunnet=user,publish=8080:80", `--exec=bash ${folder}/script`], inside);
+  await guest.untilStdout(/listening\n/);
+  t.deepEqual(guest.stdout().toString().split("\n").slice(0, 3), [
+    "inet 10.77.0.2/24",
+    "default via 10.77.0.1 dev eth0 ",
+    `${sha256}  -`,
+  ]);
+  await until(
+    60_000,
+    () => `the peer saw other bytes: ${peer.stdout()}`,
+    () => peer.stdout().includes(`received ${sha256}`) || undefined,
+  );
+  const passt = descendants(guest.pid).filter(({ command }) => command.startsWith("(passt"));
+  t.is(passt.length, 1);
+  // Another launcher cannot have the same port of the host.
+  const second = await runLauncher(t, ["--tunnet=user,publish=8080:80", "--exec=true"], inside);
+  t.is(second.status, 1);
+  t.regex(second.stderr, /^loopguest: --tunnet=user,publish=8080:80: passt ended with 1: .*8080.*\n$/);
+  // The client speaks first: passt of 2023 leaves a server waiting that would.
+  const ask = "exec 3<>/dev/tcp/127.0.0.1/8080 && echo echoed >&3 && timeout 5 head -n 1 <&3";
+  const answer = await until(
+    60_000,
+    () => `nobody serves\n${guest.stderr()}`,
+    () => {
+      try {
+        return netns.run("bash", "-c", ask) || undefined;
+      } catch {
+        return undefined;
+      }
+    },
+  );
+  t.is(answer, "echoed\n");
+  const { code } = await guest.exited();
+  t.is(code, 0, guest.stderr());
+  t.deepEqual(await remaining(passt), []);
 });

@@ -60,6 +60,9 @@ export interface ConnectionOptions {
   readonly trace: ((line: string) => void) | undefined;
 }
 
+/** How long a driver whose index went back has to say that it is done. */
+const STEP_BACK_MS = 1000;
+
 const NO_FDS = new Int32Array(0);
 
 /** What answers a message; the descriptor goes along and is closed here. */
@@ -83,6 +86,8 @@ export class Connection {
   /** A rule was broken; until the device is reset. */
   #needsReset = false;
   #backendFd = -1;
+  /** Tells of a driver that may be leaving, unless it does. */
+  #alarm: NodeJS.Timeout | undefined;
 
   private constructor(fd: number, options: ConnectionOptions) {
     this.#fd = fd;
@@ -114,6 +119,7 @@ export class Connection {
   }
 
   readonly #close: Effect.Effect<void> = Effect.suspend(() => {
+    clearTimeout(this.#alarm);
     this.#options.device.onConfigChange = undefined;
     return this.#stopRings.pipe(
       Effect.andThen(
@@ -169,7 +175,10 @@ export class Connection {
   /** The guest broke a rule: its device stops, until the rings are set up anew. */
   #onFault(fault: VirtqueueFault): void {
     const { report, loop, device } = this.#options;
-    report(`${fault.message}; ${device.name} is stopped until the guest resets it`);
+    const tell = (): void => report(`${fault.message}; ${device.name} is stopped until the guest resets it`);
+    // A driver on its way out is no reason for alarm; whether it is one shows when it has gone.
+    if (fault.isStepBack) this.#alarm = setTimeout(tell, STEP_BACK_MS);
+    else tell();
     this.#needsReset = true;
     for (const ring of this.#rings) ring.raiseError();
     Effect.runFork(this.#stopRings, { scheduler: loop.scheduler });
@@ -481,8 +490,10 @@ export class Connection {
         this.#isReset = false;
       } else {
         yield* ring.stop;
-        if (message.request === REQUEST.SET_VRING_ENABLE) ring.enabled = false;
-        else if (message.request === REQUEST.SET_VRING_NUM) ring.size = value;
+        if (message.request === REQUEST.SET_VRING_ENABLE) {
+          clearTimeout(this.#alarm);
+          ring.enabled = false;
+        } else if (message.request === REQUEST.SET_VRING_NUM) ring.size = value;
         else {
           ring.nextAvailable = value & 0xffff;
           ring.broken = false;

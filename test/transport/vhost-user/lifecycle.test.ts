@@ -215,6 +215,28 @@ ringTest(
 );
 
 ringTest(
+  "an index that goes back is told of, but not when the driver then lets go of its ring",
+  async (t) => {
+    await withBlockServer(async ({ socket, reports }) => {
+      for (const leaves of [true, false]) {
+        await withDriver(socket, async (driver, frontEnd) => {
+          await driver.read(1, 512);
+          await driver.read(2, 512);
+          driver.setAvailable(driver.available - 1);
+          driver.kick();
+          await eventually("the error signal", () => takeSignals(driver.errFd) > 0);
+          if (leaves) await frontEnd.order(REQUEST.SET_VRING_ENABLE, words(0, 0));
+          else await eventually("the report", () => reports.length > 0);
+          await new Promise((resolve) => setTimeout(resolve, leaves ? 1200 : 0));
+          t.is(reports.length, leaves ? 0 : 1);
+        });
+      }
+      t.regex(reports[0], /vda queue 0: available index 1 is 65535 ahead of 2/);
+    });
+  },
+);
+
+ringTest(
   "a fault while a request is in flight: the next message waits until that has completed",
   async (t) => {
     await withBlockServer(async ({ socket, reports, device, server }) => {
