@@ -5,7 +5,7 @@
  *
  * bench/README.md says what is compared and why that is fair.
  */
-import { mkdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { allBackEnds } from "./lib/back-ends.ts";
 import type { Bench } from "./lib/bench.ts";
@@ -22,6 +22,7 @@ import { runLoads } from "./parts/loads.ts";
 import { runStartUp } from "./parts/start-up.ts";
 import { runSystemCalls } from "./parts/system-calls.ts";
 import { htmlOf } from "./report/html.ts";
+import { MergeError, mergeReports } from "./report/merge.ts";
 import { targetsOf } from "./report/targets.ts";
 import { textOf } from "./report/text.ts";
 import { readSettings, type Settings, USAGE, UsageError } from "./settings.ts";
@@ -139,7 +140,15 @@ function writeReport(report: Report, folder: string): void {
   console.error(`written: ${join(folder, "report.html")} and report.json`);
 }
 
+function merge(settings: Settings): number {
+  const report = mergeReports(settings.merge.map((file) => JSON.parse(readFileSync(file, "utf8")) as Report));
+  console.log(textOf(report));
+  writeReport(report, settings.out ?? OUT);
+  return report.failures.length === 0 ? 0 : 1;
+}
+
 async function bench(settings: Settings): Promise<number> {
+  if (settings.merge.length > 0) return merge(settings);
   const frontEnd = await buildFrontEnd();
   if (settings.list) {
     console.log(list([...allBackEnds(frontEnd).keys(), ...allLimits().keys()], allGroups(settings)));
@@ -162,7 +171,7 @@ async function main(): Promise<number> {
       console.error(`${error.message}\n${USAGE}`);
       return 2;
     }
-    if (!(error instanceof BenchError)) throw error;
+    if (!(error instanceof BenchError || error instanceof MergeError)) throw error;
     console.error(error.message);
     return 1;
   }

@@ -7,6 +7,7 @@ export const USAGE = `npm run bench -- [options]
   --only=NAME,…    arms, groups of loads or parts (--list names them); several of a kind are all taken
   --list           name all arms, groups and parts
   --out=DIR        where report.json and report.html go (bench/out)
+  --merge=FILE,…   measure nothing: make one report of several report.json, of parts that were run one by one
   --seconds=N      length of each measured window (1; quick: 0.3)
   --rounds=N       how often everything is measured (5; quick: 1)
   --depth=N,…      requests in flight, where a group goes through several (1,8,32,128)
@@ -23,6 +24,7 @@ export interface Settings {
   readonly only: readonly string[];
   readonly list: boolean;
   readonly out: string | undefined;
+  readonly merge: readonly string[];
   readonly seconds: number;
   readonly rounds: number;
   readonly depths: readonly number[];
@@ -39,6 +41,7 @@ const OPTIONS = {
   list: { type: "boolean", default: false },
   only: { type: "string", default: "" },
   out: { type: "string" },
+  merge: { type: "string", default: "" },
   seconds: { type: "string" },
   rounds: { type: "string" },
   depth: { type: "string", default: DEPTHS.join(",") },
@@ -94,6 +97,7 @@ export function readSettings(args: readonly string[]): Settings | undefined {
     list: values.list,
     only: values.only.split(",").filter((name) => name !== ""),
     out: values.out,
+    merge: values.merge.split(",").filter((name) => name !== ""),
     seconds: positive("seconds", values.seconds ?? (values.quick ? "0.3" : "1")),
     rounds: whole("rounds", values.rounds ?? (values.quick ? "1" : "5"), 1),
     depths: values.depth.split(",").map((depth) => whole("depth", depth, 1)),

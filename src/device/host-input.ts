@@ -8,7 +8,8 @@ import type * as Scope from "effect/Scope";
 import { type CompletionQueue, NO_OFFSET, POLL_IN, type Slot } from "../loop/completion-queue.ts";
 import { ERRNO, native } from "../native.ts";
 
-const STAGE_BYTES = 4096;
+/** As much as a pipe holds; of a terminal only the first page is ever touched. */
+const STAGE_BYTES = 65536;
 
 export class HostInput {
   /** Called when bytes, or the end, have arrived. */

@@ -12,6 +12,7 @@ import {
 } from "../../bench/lib/model.ts";
 import { allGroups } from "../../bench/lib/work.ts";
 import { htmlOf } from "../../bench/report/html.ts";
+import { mergeReports } from "../../bench/report/merge.ts";
 import { plotsOf } from "../../bench/report/plots.ts";
 import { targetsOf } from "../../bench/report/targets.ts";
 import { textOf } from "../../bench/report/text.ts";
@@ -221,3 +222,26 @@ for (const [scheme, setting, background] of [
       // Text at the head, and not a blank column at the side of a page that is too wide.
       t.true(image.count((pixel, y) => y < 300 && distance(pixel, background) > 200) > 300, "text");
     });
+
+test("parts of a measurement make one report; what does not belong together does not", (t) => {
+  const whole = madeUpReport();
+  const part = (isIn: (work: string) => boolean): Report => ({
+    ...whole,
+    samples: whole.samples.filter(({ work }) => isIn(work)),
+    groups: whole.groups
+      .map((group) => ({ ...group, works: group.works.filter(({ id }) => isIn(id)) }))
+      .filter(({ works }) => works.length > 0),
+  });
+  const polled = part((work) => work.includes("/poll/"));
+  const waited = part((work) => work.includes("/wait/"));
+  const merged = mergeReports([polled, waited]);
+  t.deepEqual(merged.targets, targetsOf(whole.samples));
+  t.is(merged.samples.length, whole.samples.length);
+  const works = (report: Report) => report.groups.flatMap((group) => group.works.map(({ id }) => id)).sort();
+  t.deepEqual(works(merged), works(whole));
+  t.throws(() => mergeReports([polled, polled]), { message: /is in more than one report/ });
+  const elsewhere = { ...waited, machine: { ...waited.machine, kernel: "7.0" } };
+  t.throws(() => mergeReports([polled, elsewhere]), { message: /different machines/ });
+  const later = { ...waited, machine: { ...waited.machine, date: "2026-12-01T00:00:00.000Z" } };
+  t.is(mergeReports([polled, later]).machine.date, polled.machine.date);
+});
