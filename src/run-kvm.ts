@@ -8,7 +8,12 @@ import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
 import { enterStats, type Services } from "./devices.ts";
 import { type KvmGuest, startKvm } from "./hypervisor/kvm/kvm.ts";
-import { findKvmKernel, givenKernel, type KvmKernel, KvmKernelError } from "./hypervisor/kvm-kernel.ts";
+import {
+  givenKernel,
+  type KvmKernel,
+  type KvmKernelError,
+  obtainKvmKernel,
+} from "./hypervisor/kvm-kernel.ts";
 import { RunError } from "./run-error.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
 import { noCounters } from "./virtio/queue-runner.ts";
@@ -17,7 +22,7 @@ import { noCounters } from "./virtio/queue-runner.ts";
 export function startOnKvm(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
   return Effect.gen(function* () {
     const { opened, reporter } = services;
-    const kernel = yield* obtainKernel(command);
+    const kernel = yield* obtainKernel(services, command);
     reporter.trace?.(`kernel ${kernel.path}, modules ${kernel.modules ?? "none"}`);
     const file = yield* read("the kernel", kernel.path);
     const image = yield* Effect.try({
@@ -53,17 +58,11 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
 
 const sinceStart = (): number => Math.round(performance.now());
 
-function obtainKernel({ kernel }: RunCommand): Effect.Effect<KvmKernel, KvmKernelError> {
-  if (kernel !== undefined) return Effect.succeed(givenKernel(kernel.path));
-  return Effect.flatMap(findKvmKernel(), (found) =>
-    found === undefined
-      ? Effect.fail(
-          new KvmKernelError({
-            message: "no kernel for KVM is here: give one, loopguest 256 /boot/vmlinuz-…",
-          }),
-        )
-      : Effect.succeed(found),
-  );
+function obtainKernel(
+  { reporter }: Services,
+  { kernel }: RunCommand,
+): Effect.Effect<KvmKernel, KvmKernelError> {
+  return kernel === undefined ? obtainKvmKernel(reporter.report) : Effect.succeed(givenKernel(kernel.path));
 }
 
 const read = (what: string, path: string): Effect.Effect<Uint8Array, RunError> =>

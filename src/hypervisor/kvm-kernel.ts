@@ -4,6 +4,7 @@ import { release } from "node:os";
 import { basename, dirname, join } from "node:path";
 import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
+import { fetchPackage, type Wanted } from "./debian-package.ts";
 import { cacheFolder } from "./uml-kernel.ts";
 
 export interface KvmKernel {
@@ -28,12 +29,39 @@ function modulesBeside(path: string): string | undefined {
   );
 }
 
+const WANTED: Wanted = {
+  package: "linux-image-cloud-amd64",
+  dependency: /Depends: (linux-image-\S+-cloud-amd64)/,
+  missing: "no kernel for KVM is here",
+  size: "about 30 MB",
+  howElse:
+    "Install the package linux-image-cloud-amd64 (Debian), or give a kernel: loopguest 256 /boot/vmlinuz-VERSION",
+  folder: "linux-image",
+  isComplete: (unpacked) => Promise.resolve(cachedKernel(unpacked) !== undefined),
+};
+
+/** As {@link findKvmKernel}, and fetches Debian's cloud kernel into the cache when there is none. */
+export const obtainKvmKernel = (
+  progress: (line: string) => void,
+  env: NodeJS.ProcessEnv = process.env,
+): Effect.Effect<KvmKernel, KvmKernelError> =>
+  Effect.gen(function* () {
+    const found = yield* findKvmKernel(env);
+    if (found !== undefined) return found;
+    yield* Effect.tryPromise({
+      try: (signal) => fetchPackage(WANTED, cacheFolder(env), { env, progress, signal }),
+      catch: (error) => new KvmKernelError({ message: (error as Error).message }),
+    });
+    const fetched = yield* findKvmKernel(env);
+    return fetched ?? (yield* new KvmKernelError({ message: `${WANTED.missing}. ${WANTED.howElse}` }));
+  });
+
 /** A kernel for the default guest: the host's own, else the newest in the cache. */
 export const findKvmKernel = (env: NodeJS.ProcessEnv = process.env): Effect.Effect<KvmKernel | undefined> =>
   Effect.sync(() => {
     const own = `/boot/vmlinuz-${release()}`;
     if (isReadable(own) && modulesBeside(own) !== undefined) return givenKernel(own);
-    return cachedKernel(join(cacheFolder(env), "linux-image"));
+    return cachedKernel(join(cacheFolder(env), WANTED.folder));
   });
 
 function cachedKernel(folder: string): KvmKernel | undefined {

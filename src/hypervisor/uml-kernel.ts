@@ -1,15 +1,14 @@
 /**
  * Finds a User-Mode Linux kernel and its modules, or fetches Debian's.
  *
- * Debian's package `user-mode-linux` holds `usr/bin/linux.uml` and `usr/lib/uml/modules/<version>`. Fetching it
- * needs no root: `apt-get download` writes to the current folder, and `dpkg -x` unpacks anywhere.
+ * Debian's package `user-mode-linux` holds `usr/bin/linux.uml` and `usr/lib/uml/modules/<version>`.
  */
-import { type ChildProcess, spawn } from "node:child_process";
 import * as fs from "node:fs/promises";
 import { homedir } from "node:os";
 import { delimiter, dirname, join, resolve } from "node:path";
 import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
+import { fetchPackage, run, type Wanted } from "./debian-package.ts";
 
 /** A kernel that `startUml` can start. */
 export interface UmlKernel {
@@ -36,16 +35,19 @@ export interface FetchOptions extends UmlKernelOptions {
   readonly progress?: (line: string) => void;
 }
 
-const PACKAGE = "user-mode-linux";
+const WANTED: Wanted = {
+  package: "user-mode-linux",
+  missing: "no User-Mode Linux kernel is here",
+  size: "about 40 MB",
+  howElse:
+    "Install the package user-mode-linux (Debian, Ubuntu), or give a kernel: loopguest 256 /path/to/linux",
+  folder: "user-mode-linux",
+  isComplete: (unpacked) => isExecutable(join(unpacked, "usr/bin/linux.uml")),
+};
 /** Names under which distributions and people install the binary. */
 const BINARY_NAMES = ["linux.uml", "linux"];
 /** A UML binary prints its version and leaves at once; anything that takes longer is not one. */
 const VERSION_TIMEOUT_MS = 5000;
-/** Of a tool's output we keep the end: that is where it says what went wrong. */
-const OUTPUT_KEPT_BYTES = 16 * 1024;
-
-const HOW_TO_GET_ONE =
-  "Install the package user-mode-linux (Debian, Ubuntu), or give a kernel: loopguest 256 /path/to/linux";
 
 /** loopguest's folder for what it fetched: `$XDG_CACHE_HOME/loopguest`, default `~/.cache/loopguest`. */
 export function cacheFolder(env: NodeJS.ProcessEnv = process.env): string {
@@ -86,7 +88,7 @@ export const obtainUmlKernel = (options: FetchOptions = {}): Effect.Effect<UmlKe
     const progress =
       options.progress ?? ((line: string) => void process.stderr.write(`loopguest: ${line}\n`));
     return yield* attempt(async (signal) => {
-      await fetchPackage(env, progress, signal);
+      await fetchPackage(WANTED, cacheFolder(env), { env, progress, signal });
       return inspect(cachedBinary(env), signal);
     });
   });
@@ -99,7 +101,8 @@ const attempt = <A>(work: (signal: AbortSignal) => Promise<A>): Effect.Effect<A,
       error instanceof UmlKernelError ? error : new UmlKernelError({ message: (error as Error).message }),
   });
 
-const cachedBinary = (env: NodeJS.ProcessEnv): string => join(cacheFolder(env), PACKAGE, "usr/bin/linux.uml");
+const cachedBinary = (env: NodeJS.ProcessEnv): string =>
+  join(cacheFolder(env), WANTED.folder, "usr/bin/linux.uml");
 
 async function isExecutable(path: string): Promise<boolean> {
   try {
@@ -140,175 +143,4 @@ async function modulesOf(path: string, version: string): Promise<string | undefi
     if (isFolder) return folder;
   }
   return undefined;
-}
-
-// ---- fetching -------------------------------------------------------------------------------------------
-
-/**
- * Downloads and unpacks beside the final place, then renames: a reader sees all of it or nothing. Two runs at
- * once both fetch; the second to finish finds the place taken and uses that.
- */
-async function fetchPackage(
-  env: NodeJS.ProcessEnv,
-  progress: (line: string) => void,
-  signal: AbortSignal,
-): Promise<void> {
-  const cache = cacheFolder(env);
-  const target = join(cache, PACKAGE);
-  await fs.mkdir(cache, { recursive: true }).catch((error: NodeJS.ErrnoException) => {
-    throw new UmlKernelError({
-      message: `no User-Mode Linux kernel is here, and the folder ${cache} to fetch one into cannot be made: ${error.code}. Set XDG_CACHE_HOME to a writable folder. ${HOW_TO_GET_ONE}`,
-    });
-  });
-  const work = await fs.mkdtemp(join(cache, "fetch-"));
-  try {
-    progress(`fetching Debian's package ${PACKAGE} into ${cache} (about 40 MB, once)`);
-    const archive = await download(work, env, progress, signal);
-    progress("unpacking it");
-    const unpacked = join(work, "unpacked");
-    await tool("dpkg", ["-x", archive, unpacked], { cwd: work, env, signal });
-    await fs.access(join(unpacked, "usr/bin/linux.uml")).catch(() => {
-      throw new UmlKernelError({ message: `${archive} holds no usr/bin/linux.uml. ${HOW_TO_GET_ONE}` });
-    });
-    await moveIntoPlace(unpacked, target);
-  } finally {
-    await fs.rm(work, { recursive: true, force: true });
-  }
-}
-
-/** Makes the unpacked package the cached one. What stands in its place already is another run's, or broken. */
-async function moveIntoPlace(unpacked: string, target: string): Promise<void> {
-  try {
-    await fs.rename(unpacked, target);
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code !== "ENOTEMPTY" && code !== "EEXIST") throw error;
-    if (await isExecutable(join(target, "usr/bin/linux.uml"))) return;
-    await fs.rm(target, { recursive: true, force: true });
-    await fs.rename(unpacked, target);
-  }
-}
-
-/**
- * The archive's path. First with the host's own package lists; where they are empty (as in a container image)
- * or too old, with lists of our own, which an ordinary user may fetch too. apt-get update fails when any one
- * source fails, so that its status decides nothing: the download after it does.
- */
-async function download(
-  work: string,
-  env: NodeJS.ProcessEnv,
-  progress: (line: string) => void,
-  signal: AbortSignal,
-): Promise<string> {
-  const host = { cwd: work, env, signal };
-  const first = await runTool("apt-get", ["-q", ...UNSANDBOXED, "download", PACKAGE], host);
-  if (first.status !== 0) {
-    progress("the package lists do not have it; fetching lists of our own (apt-get update)");
-    const state = await privateState(work);
-    const update = await runTool("apt-get", ["-q", ...state, "update"], host);
-    const second = await runTool("apt-get", ["-q", ...state, "download", PACKAGE], host);
-    if (second.status !== 0) {
-      const reasons = [...errorLines(second.stderr), ...errorLines(update.stderr)].slice(0, 4).join("; ");
-      throw new UmlKernelError({
-        message: `no User-Mode Linux kernel is here, and apt-get could not fetch Debian's: ${reasons || `status ${second.status}`}. ${HOW_TO_GET_ONE}`,
-      });
-    }
-  }
-  const archive = (await fs.readdir(work)).find((name) => name.endsWith(".deb"));
-  if (archive === undefined) {
-    throw new UmlKernelError({ message: `apt-get download left no .deb in ${work}. ${HOW_TO_GET_ONE}` });
-  }
-  return join(work, archive);
-}
-
-/** As root, apt would drop to the user _apt, who may not write into the cache. */
-const UNSANDBOXED = ["-o", "APT::Sandbox::User=root"];
-
-async function privateState(work: string): Promise<ReadonlyArray<string>> {
-  const lists = join(work, "lists");
-  const cache = join(work, "cache");
-  await fs.mkdir(join(lists, "partial"), { recursive: true });
-  await fs.mkdir(join(cache, "archives/partial"), { recursive: true });
-  return [
-    ...UNSANDBOXED,
-    "-o",
-    `Dir::State::lists=${lists}`,
-    "-o",
-    `Dir::Cache=${cache}`,
-    "-o",
-    "Acquire::Languages=none",
-    "-o",
-    "Debug::NoLocking=1",
-    // Hooks of the host's own, such as those that clean its cache, have no business here.
-    "-o",
-    "APT::Update::Post-Invoke::=true",
-    "-o",
-    "APT::Update::Post-Invoke-Success::=true",
-  ];
-}
-
-const errorLines = (output: string): ReadonlyArray<string> =>
-  output
-    .split("\n")
-    .filter((line) => line.startsWith("E:"))
-    .map((line) => line.slice(2).trim());
-
-// ---- child processes ------------------------------------------------------------------------------------
-
-interface RunOptions {
-  readonly signal: AbortSignal;
-  readonly cwd?: string;
-  readonly env?: NodeJS.ProcessEnv;
-  readonly timeoutMs?: number;
-}
-
-interface RunResult {
-  /** The exit status, or -1 for a signal. */
-  readonly status: number;
-  readonly stdout: string;
-  readonly stderr: string;
-}
-
-/** A Debian tool: that it is missing means that this is no Debian. */
-async function runTool(
-  command: string,
-  args: ReadonlyArray<string>,
-  options: RunOptions,
-): Promise<RunResult> {
-  return run(command, args, options).catch((error: NodeJS.ErrnoException) => {
-    if (error.code !== "ENOENT") throw error;
-    throw new UmlKernelError({
-      message: `no User-Mode Linux kernel is here, and ${command} to fetch Debian's is not either. ${HOW_TO_GET_ONE}`,
-    });
-  });
-}
-
-async function tool(command: string, args: ReadonlyArray<string>, options: RunOptions): Promise<void> {
-  const { status, stderr } = await runTool(command, args, options);
-  if (status !== 0) {
-    const last = stderr.trim().split("\n").slice(-3).join("; ");
-    throw new UmlKernelError({ message: `${command} ${args[0]} failed with status ${status}: ${last}` });
-  }
-}
-
-/** Runs a program without a shell and without stdin. Rejects when it cannot be started. */
-function run(command: string, args: ReadonlyArray<string>, options: RunOptions): Promise<RunResult> {
-  return new Promise((done, failed) => {
-    const child: ChildProcess = spawn(command, [...args], {
-      stdio: ["ignore", "pipe", "pipe"],
-      cwd: options.cwd,
-      env: { ...(options.env ?? process.env), LC_ALL: "C" },
-      signal: options.signal,
-      killSignal: "SIGKILL",
-      ...(options.timeoutMs === undefined ? {} : { timeout: options.timeoutMs }),
-    });
-    const output = { stdout: "", stderr: "" };
-    for (const name of ["stdout", "stderr"] as const) {
-      child[name]?.setEncoding("utf8").on("data", (text: string) => {
-        output[name] = (output[name] + text).slice(-OUTPUT_KEPT_BYTES);
-      });
-    }
-    child.on("error", failed);
-    child.on("close", (code) => done({ status: code ?? -1, ...output }));
-  });
 }

@@ -17,6 +17,9 @@ const HYPERVISOR = 2 ** 31;
 const TSC_DEADLINE = 1 << 24;
 const HYPER_THREADING = 1 << 28;
 const X2APIC = 1 << 21;
+/** Virtualisation in the guest itself, which nobody here has tested: not given. */
+const VMX = 1 << 5;
+const SVM = 1 << 2;
 
 export interface CpuTopology {
   readonly cpu: number;
@@ -53,7 +56,7 @@ function filterEntry(entry: Uint32Array, { cpu, cpus, tscDeadline }: CpuTopology
     case 0x1:
       // APIC id, CPUs in the package, size of a cache line.
       entry[EBX] = ((entry[EBX] & 0x0000ffff) | (Math.min(255, cpus) << 16) | ((cpu & 0xff) << 24)) >>> 0;
-      entry[ECX] = (entry[ECX] | HYPERVISOR | X2APIC | (tscDeadline ? TSC_DEADLINE : 0)) >>> 0;
+      entry[ECX] = ((entry[ECX] & ~VMX) | HYPERVISOR | X2APIC | (tscDeadline ? TSC_DEADLINE : 0)) >>> 0;
       entry[EDX] = (cpus > 1 ? entry[EDX] | HYPER_THREADING : entry[EDX] & ~HYPER_THREADING) >>> 0;
       break;
     case 0x4:
@@ -63,8 +66,12 @@ function filterEntry(entry: Uint32Array, { cpu, cpus, tscDeadline }: CpuTopology
         entry[EAX] = ((entry[EAX] & 0x3fff) | (sharedBy << 14) | (Math.min(63, cpus - 1) << 26)) >>> 0;
       }
       break;
+    case 0x80000001:
+      entry[ECX] = (entry[ECX] & ~SVM) >>> 0;
+      break;
     case 0x6: // thermal and power: none of it is there
     case 0xa: // performance counters: not given
+    case 0x8000000a: // SVM
       entry.fill(0, EAX, EDX + 1);
       break;
     case 0x80000008:

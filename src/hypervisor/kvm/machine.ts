@@ -107,6 +107,7 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
     const entry = yield* attempt(() => options.load(memory));
     const end = yield* Deferred.make<MachineEnd>();
     const stopped = (how: MachineEnd): void => {
+      options.trace?.(`the machine ends: ${how.kind === "stopped" ? how.message : how.kind}`);
       Deferred.doneUnsafe(end, Effect.succeed(how));
     };
     const root = yield* plugDevices(options, vm, memory);
@@ -223,8 +224,10 @@ function wire(
   onWrite(ports, RESET_PORT, (value) => {
     if (value === RESET_VALUE) stopped({ kind: "reset" });
   });
-  onWrite(ports, KEYBOARD_PORT, (value) => {
-    if (value === KEYBOARD_RESET) stopped({ kind: "reset" });
+  ports.add(KEYBOARD_PORT, 1, (access) => {
+    // A kernel that wants to reset waits until the controller is ready: it is.
+    if (!access.isWrite) access.data.setUint8(0, 0);
+    else if (written(access) === KEYBOARD_RESET) stopped({ kind: "reset" });
   });
   ports.add(PCI_PORT, PCI_PORTS, (access, offset) => {
     if (PCI_PORT + offset === CHIPSET_RESET_PORT && access.size === 1) {
