@@ -1,6 +1,7 @@
 /* The addon's table of functions, and the helpers that read arguments and make results. */
 #include "addon.h"
 
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -116,8 +117,21 @@ static void add_functions(napi_env env, napi_value exports, const struct functio
 	}
 }
 
+/*
+ * The compilers' threads take memory in bursts. What they give back goes to the kernel early, and threads that have
+ * no heap of their own yet share one: a megabyte or two of resident memory.
+ */
+static void keep_heaps_small(void)
+{
+#ifdef __GLIBC__
+	mallopt(M_ARENA_MAX, 1);
+	mallopt(M_TRIM_THRESHOLD, 64 * 1024);
+#endif
+}
+
 NAPI_MODULE_INIT()
 {
+	keep_heaps_small();
 	add_functions(env, exports, memory_functions);
 	add_functions(env, exports, ring_functions);
 	add_functions(env, exports, sleep_functions);

@@ -1,4 +1,8 @@
-/** The entry: reads the command line, puts the pieces together, and leaves with the right status. */
+/**
+ * The entry: reads the command line, puts the pieces together, and leaves with the right status.
+ *
+ * What only some commands need is imported when they do: the start of `serve` is measured.
+ */
 import * as fs from "node:fs";
 import * as os from "node:os";
 import * as Cause from "effect/Cause";
@@ -6,18 +10,18 @@ import * as Effect from "effect/Effect";
 import * as Exit from "effect/Exit";
 import * as Fiber from "effect/Fiber";
 import { parseCommandLine, type RunCommand, type ServeCommand, usageText } from "./cli/command-line.ts";
-import { diagnose, renderJson, renderText } from "./cli/doctor.ts";
 import type { Services } from "./devices.ts";
-import { findUmlKernel } from "./hypervisor/uml-kernel.ts";
 import { probeIoUring } from "./loop/io-uring.ts";
 import { type LoopTuning, type OpenLoop, openLoop } from "./loop/open-loop.ts";
 import { LoopScheduler } from "./loop/scheduler.ts";
-import { serveMetrics } from "./metrics.ts";
 import { openReporter } from "./reporter.ts";
-import { run } from "./run.ts";
 import { serve } from "./serve.ts";
 import { writeStats } from "./stats.ts";
 import { version } from "./version.ts";
+
+/** By number: a look at process.stdout or process.stderr makes a stream of it. */
+const STDOUT = 1;
+const STDERR = 2;
 
 const USAGE_STATUS = 2;
 const FAILURE_STATUS = 1;
@@ -52,8 +56,13 @@ function withLoop(command: RunCommand | ServeCommand) {
     reporter.trace?.(completionLine(opened));
     const services: Services = { opened, reporter, stats: [], measured };
     yield* writeStats(opened, services.stats, command.stats);
-    yield* serveMetrics(opened, services.stats, command.metrics);
-    return yield* command._tag === "Run" ? run(services, command) : serve(services, command);
+    if (command.metrics !== undefined) {
+      const { serveMetrics } = yield* Effect.promise(() => import("./metrics.ts"));
+      yield* serveMetrics(opened, services.stats, command.metrics);
+    }
+    if (command._tag === "Serve") return yield* serve(services, command);
+    const { run } = yield* Effect.promise(() => import("./run.ts"));
+    return yield* run(services, command);
   });
 }
 
@@ -80,15 +89,18 @@ function tuning(): LoopTuning {
 }
 
 function doctor(json: boolean) {
-  const kernel = findUmlKernel().pipe(Effect.orElseSucceed(() => undefined));
-  return Effect.map(diagnose({ ioUring: () => probeIoUring()?.message, umlKernel: kernel }), (report) => {
+  return Effect.gen(function* () {
+    const { diagnose, renderJson, renderText } = yield* Effect.promise(() => import("./cli/doctor.ts"));
+    const { findUmlKernel } = yield* Effect.promise(() => import("./hypervisor/uml-kernel.ts"));
+    const umlKernel = findUmlKernel().pipe(Effect.orElseSucceed(() => undefined));
+    const report = yield* diagnose({ ioUring: () => probeIoUring()?.message, umlKernel });
     printed(json ? renderJson(report) : renderText(report));
     return report.ready ? 0 : FAILURE_STATUS;
   });
 }
 
 function printed(text: string): number {
-  fs.writeSync(process.stdout.fd, text.endsWith("\n") ? text : `${text}\n`);
+  fs.writeSync(STDOUT, text.endsWith("\n") ? text : `${text}\n`);
   return 0;
 }
 
@@ -108,6 +120,6 @@ fiber.addObserver((exit) => {
   const error = Cause.squash(exit.cause) as Error & { readonly _tag?: string };
   const text = error._tag === undefined ? (error.stack ?? error.message) : error.message;
   const usage = error._tag === "UsageError";
-  fs.writeSync(process.stderr.fd, `loopguest: ${text}\n${usage ? usageText : ""}`);
+  fs.writeSync(STDERR, `loopguest: ${text}\n${usage ? usageText : ""}`);
   process.exit(usage ? USAGE_STATUS : FAILURE_STATUS);
 });

@@ -7,8 +7,7 @@
  */
 import { existsSync } from "node:fs";
 import { constants } from "node:os";
-import { dirname, join } from "node:path";
-import { fileURLToPath } from "node:url";
+import { join } from "node:path";
 import { getSystemErrorName } from "node:util";
 
 /** What sleepStart returned; only sleepStop takes it. */
@@ -152,7 +151,7 @@ export const CONTROL = { DIRTY: 0, SLEEPS: 1, LIBUV: 2, LAST_ERROR: 3, WORDS: 4 
 /** The most descriptors that native.receive takes along; its `fds` has one more element, the count. */
 export const RECEIVE_FDS_MAX = 32;
 
-const here = dirname(fileURLToPath(import.meta.url));
+const here = import.meta.dirname;
 
 /**
  * Where a file that native-shim builds is: beside the bundle (dist/) or where node-gyp leaves it in a checkout.

@@ -4,6 +4,9 @@ import type * as Scope from "effect/Scope";
 import type { EventLoop } from "./loop/event-loop.ts";
 import { LineWriter } from "./loop/line-writer.ts";
 
+/** By number: a look at process.stderr makes a stream of it. */
+const STDERR = 2;
+
 export interface Reporter {
   /** A message that matters: "loopguest: …". */
   readonly report: (line: string) => void;
@@ -14,7 +17,7 @@ export interface Reporter {
 }
 
 export function openReporter(loop: EventLoop, verbose: boolean): Effect.Effect<Reporter, never, Scope.Scope> {
-  return Effect.map(LineWriter.open(loop.queue, process.stderr.fd), (writer) => {
+  return Effect.map(LineWriter.open(loop.queue, STDERR), (writer) => {
     let end = "";
     const report = (line: string): void => writer.line(`loopguest: ${line}${end}`);
     return {

@@ -4,7 +4,6 @@ import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { ServeCommand } from "./cli/command-line.ts";
-import { openConsole } from "./consoles.ts";
 import type { DiskError } from "./device/disk-file.ts";
 import type { NetError } from "./device/net-backend.ts";
 import type { EntropyError } from "./device/rng.ts";
@@ -30,6 +29,7 @@ export function serve(
       yield* serveAt(services, device, resolve(rng.socket));
     }
     if (command.console === undefined) return yield* Effect.never;
+    const { openConsole } = yield* Effect.promise(() => import("./consoles.ts"));
     const { device, left, goRaw } = yield* openConsole(services);
     yield* serveAt(services, device, resolve(command.console.socket));
     yield* goRaw;

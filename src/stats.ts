@@ -37,7 +37,7 @@ export function writeStats(
 ): Effect.Effect<void, StatsError, Scope.Scope> {
   if (file === undefined) return Effect.void;
   return Effect.gen(function* () {
-    const fd = file === "-" ? process.stderr.fd : yield* openFile(file);
+    const fd = file === "-" ? 2 : yield* openFile(file);
     const writer = yield* LineWriter.open(opened.loop.queue, fd);
     const start = performance.now();
     const line = (): void => writer.line(JSON.stringify(snapshot(opened, registry, start)));

@@ -54,8 +54,7 @@ async function bundle(): Promise<string> {
     format: "cjs",
     target: "node18",
     minifySyntax: true,
-    banner: { js: "const importMetaUrl = require('node:url').pathToFileURL(__filename).href;" },
-    define: { "import.meta.url": "importMetaUrl" },
+    define: { "import.meta.dirname": "__dirname" },
     logLevel: "warning",
   });
   copyFileSync(ADDON, join(unfinished, "loopguest_native.node"));

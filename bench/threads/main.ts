@@ -8,8 +8,7 @@
  * The main thread answers the front-ends' messages (front-end.ts); a thread serves a queue (queue-thread.ts).
  */
 import * as fs from "node:fs";
-import { basename } from "node:path";
-import { fileURLToPath } from "node:url";
+import { basename, join } from "node:path";
 import * as Effect from "effect/Effect";
 import { BlockDevice } from "../../src/device/block.ts";
 import { ConsoleDevice } from "../../src/device/console.ts";
@@ -22,7 +21,7 @@ import { waitReady } from "../../src/loop/waiting.ts";
 import { check, native } from "../../src/native.ts";
 import { FrontEnd, type FrontEndOptions, type WaitReadable } from "./front-end.ts";
 
-const threadProgram = fileURLToPath(new URL("./queue-thread.js", import.meta.url));
+const threadProgram = join(import.meta.dirname, "queue-thread.js");
 const scheduler = new LoopScheduler();
 const sockets: string[] = [];
 const connected = new Set<FrontEnd>();

@@ -1,10 +1,11 @@
 /** dist/: what ships. It runs with plain node, without the checkout, on the oldest Node that it is made for. */
 import { execFile, spawnSync } from "node:child_process";
-import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { promisify } from "node:util";
+import { Script } from "node:vm";
 import type { ExecutionContext } from "ava";
 import { version } from "../../src/version.ts";
 import { type AptCache, fetchPackages, testCache } from "../guest/debian.ts";
@@ -26,6 +27,8 @@ function built(t: ExecutionContext): string {
   mkdirSync(apart);
   for (const name of [
     "loopguest.js",
+    "loopguest.main.js",
+    "loopguest.cache",
     "loopguest_native.node",
     "guest-init",
     "uml-keeper",
@@ -58,6 +61,30 @@ test("the bundle boots a guest", async (t) => {
   const bundle = built(t);
   t.deepEqual(await status(process.execPath, [bundle, "--version"]), { status: 0, stdout: `${version}\n` });
   t.deepEqual(await status(process.execPath, [bundle, ...guest]), { status: 5, stdout: "Linux\n" });
+});
+
+test("the code cache is for this Node; without it, or with another, the bundle works all the same", async (t) => {
+  const bundle = built(t);
+  const folder = dirname(bundle);
+  const cache = join(folder, "loopguest.cache");
+  const filename = join(folder, "loopguest.main.js");
+  const bytes = readFileSync(cache);
+  const source = readFileSync(filename, "latin1");
+  const rejected = (cachedData: Buffer) => new Script(source, { filename, cachedData }).cachedDataRejected;
+  t.false(rejected(bytes));
+  // The version of V8 is in the second word.
+  const foreign = Buffer.from(bytes);
+  foreign.writeUInt32LE(foreign.readUInt32LE(4) ^ 1, 4);
+  t.true(rejected(foreign));
+  const works = async () =>
+    t.deepEqual(await status(process.execPath, [bundle, "--version"]), { status: 0, stdout: `${version}\n` });
+  await works();
+  for (const other of [foreign, Buffer.alloc(1000), bytes.subarray(0, bytes.length >> 1), Buffer.alloc(0)]) {
+    writeFileSync(cache, other);
+    await works();
+  }
+  rmSync(cache);
+  await works();
 });
 
 test("the version is package.json's", (t) => {
