@@ -106,7 +106,8 @@ function live(
   return Effect.gen(function* () {
     let life = first;
     while (true) {
-      const end = yield* life.machine.end;
+      // Whatever its panic= says: a kernel that has panicked is at its end.
+      const end = yield* Effect.raceFirst(life.machine.end, lines.silentPanic);
       yield* Scope.close(life.scope, Exit.void);
       const how = explain(end, lines.all());
       if (how !== undefined) return how;
@@ -144,6 +145,8 @@ export function explain(end: MachineEnd, lines: readonly string[]): GuestExit | 
   }
 }
 
+/** A kernel that has panicked and says nothing for so long says no more. */
+const PANIC_SILENCE_MS = 3000;
 const LINES_MAX = 60;
 const LINE_BYTES_MAX = 4096;
 
@@ -152,6 +155,9 @@ class ConsoleLines {
   readonly #onLine: ((line: string) => void) | undefined;
   #lines: string[] = [];
   #bytes: number[] = [];
+  #panicked = false;
+  #silence: NodeJS.Timeout | undefined;
+  #onSilence: (() => void) | undefined;
 
   constructor(onLine: ((line: string) => void) | undefined) {
     this.#onLine = onLine;
@@ -168,7 +174,20 @@ class ConsoleLines {
     this.#lines.push(line);
     if (this.#lines.length > LINES_MAX) this.#lines.shift();
     this.#onLine?.(line);
+    this.#panicked ||= PANIC.test(line);
+    if (this.#panicked) this.#awaitSilence();
   }
+
+  #awaitSilence(): void {
+    clearTimeout(this.#silence);
+    this.#silence = setTimeout(() => this.#onSilence?.(), PANIC_SILENCE_MS);
+  }
+
+  /** Completes when the kernel has panicked and then fallen silent without a reset. */
+  readonly silentPanic = Effect.callback<MachineEnd>((resume) => {
+    this.#onSilence = () => resume(Effect.succeed({ kind: "stopped", message: "it panicked" }));
+    return Effect.sync(() => clearTimeout(this.#silence));
+  });
 
   all(): readonly string[] {
     if (this.#bytes.length > 0) this.#end();
@@ -176,6 +195,8 @@ class ConsoleLines {
   }
 
   clear(): void {
+    clearTimeout(this.#silence);
+    this.#panicked = false;
     this.#lines = [];
     this.#bytes = [];
   }

@@ -12,9 +12,9 @@ import type { ExecutionContext } from "ava";
 import * as Effect from "effect/Effect";
 import { type CpioEntry, writeCpio } from "../../src/boot/cpio.ts";
 import { readModule, resolveModules } from "../../src/boot/modules.ts";
-import { type Exit, startChild, within } from "./child.ts";
-import { type AptCache, fetchPackages, testCache } from "./debian.ts";
-import { findOnPath, type Program } from "./prerequisites.ts";
+import { type Exit, startChild, within } from "../guest/child.ts";
+import { type AptCache, fetchPackages, testCache } from "../guest/debian.ts";
+import { findOnPath, type Program } from "../guest/prerequisites.ts";
 
 /** For `testWith`. */
 export const rigPrograms: readonly Program[] = [
