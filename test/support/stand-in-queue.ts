@@ -390,7 +390,8 @@ export class StandInQueue implements CompletionQueue {
     if (pipe.gone !== undefined) return -pipe.gone;
     if (!pipe.isWritable) return -ERRNO.EAGAIN;
     const count = this.#part(Math.min(operation.length, pipe.room));
-    pipe.written.push(...gather(operation, count));
+    // One by one: a spread of so many would not fit the stack.
+    for (const byte of gather(operation, count)) pipe.written.push(byte);
     pipe.room -= count;
     return count;
   }
