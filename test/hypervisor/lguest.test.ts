@@ -185,6 +185,12 @@ onBoth("the entropy device fills whole buffers", async (t, scene) => {
   t.deepEqual(await run(t, scene, ["--rng"], "script=rng"), { status: 0, stdout: "rng ok\n", stderr: "" });
 });
 
+onBoth("a descriptor page that the guest writes over is not believed", async (t, scene) => {
+  const { status, stdout, stderr } = await run(t, scene, [`--block=${scene.disk}`], "script=scribble");
+  t.deepEqual([status, stdout], [0, "scribble ok\n"], stderr);
+  t.regex(stderr, /^loopguest: vda: the guest's driver says that it FAILED \(status 255\)$/m);
+});
+
 onBoth("bad ring indices and addresses stop the disk until its reset, and nothing else", async (t, scene) => {
   const { status, stdout, stderr } = await run(t, scene, [`--block=${scene.disk}`], "script=bad-rings");
   t.is(status, 0, stderr);

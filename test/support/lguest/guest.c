@@ -326,6 +326,34 @@ static void endless_string(struct guest *g)
 	power_down(g);
 }
 
+/* Writes over the whole descriptor page and notifies of it: what it says about the devices is not believed again. */
+static void scribble(struct guest *g)
+{
+	struct device d = find_device(g, BLOCK, 0), c = find_device(g, CONSOLE, 0);
+	uint8_t page[PAGE], other[PAGE];
+
+	guest_read(g, g->memory, page, PAGE);
+	for (int round = 0; round < 3; round++) {
+		static const uint8_t patterns[] = { 0xff, 0x07, 0 };
+
+		memset(other, patterns[round], PAGE);
+		start(&d, BLOCK_FLUSH);
+		start(&c, 0);
+		guest_write(g, g->memory, other, PAGE);
+		notify(g, d.at);
+		notify(g, c.at);
+		notify(g, d.queue[0].base);
+		guest_write(g, g->memory, page, PAGE);
+		set_status(&d, 0);
+		set_status(&c, 0);
+	}
+	start(&d, BLOCK_FLUSH);
+	check_sectors(&d, 0, 8);
+	start(&c, 0);
+	print(&c, "scribble ok\n");
+	power_down(g);
+}
+
 /* Each way to break a ring stops the disk until it is reset; everything else goes on. */
 static void bad_rings(struct guest *g)
 {
@@ -442,7 +470,7 @@ static const struct {
 } scripts[] = {
 	{ "boot", boot }, { "console", console }, { "block", block }, { "rng", rng }, { "reset", reset },
 	{ "busy-reset", busy_reset }, { "reset-all", reset_all }, { "reboots", reboots }, { "die", die }, { "bad-notify", bad_notify },
-	{ "endless-string", endless_string }, { "bad-rings", bad_rings }, { "net", net }, { "idle", idle },
+	{ "endless-string", endless_string }, { "scribble", scribble }, { "bad-rings", bad_rings }, { "net", net }, { "idle", idle },
 };
 
 void run_script(struct guest *g)
