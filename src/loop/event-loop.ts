@@ -109,7 +109,9 @@ export class EventLoop {
   readonly signalAfter: number;
   readonly counters: LoopCounters = { turns: 0, laps: 0, settles: 0, spins: 0, spinHits: 0 };
 
-  #hot: LoopMember[] = [];
+  /** The first `#hotCount` are hot. It never gets shorter: giving an array another length is slow. */
+  readonly #hot: LoopMember[] = [];
+  #hotCount = 0;
   #workSinceSettle = 0;
   #yielding = false;
   /** Looking out for work after everything is settled, and before somebody who waits is told. */
@@ -127,16 +129,22 @@ export class EventLoop {
 
   /** Counts the member among those that work in every lap, until its settle says that it is cold. */
   heat(member: LoopMember): void {
-    if (this.#hot.includes(member)) return;
-    this.#hot.push(member);
+    if (this.#placeOf(member) >= 0) return;
+    this.#hot[this.#hotCount++] = member;
     this.wake();
   }
 
   /** Takes a member out at once: it is being stopped. */
   remove(member: LoopMember): void {
-    const at = this.#hot.indexOf(member);
+    const at = this.#placeOf(member);
     // In place: the lap that is under way walks this very array.
     if (at >= 0) this.#hot[at] = REMOVED;
+  }
+
+  #placeOf(member: LoopMember): number {
+    const hot = this.#hot;
+    for (let i = 0; i < this.#hotCount; i++) if (hot[i] === member) return i;
+    return -1;
   }
 
   /** Ends the turn that is under way after this lap: somebody outside (libuv) needs the thread. */
@@ -156,16 +164,17 @@ export class EventLoop {
   #laps(): boolean {
     for (let lap = 0; lap < LAPS_MAX; lap++) {
       this.counters.laps++;
-      let done = this.queue.drain(DRAIN_MAX) + this.scheduler.runTasks();
-      done += this.#work();
-      if (this.queue.unsubmitted > 0 && this.#hot.length > 0) this.queue.submit();
+      const drained = this.queue.drain(DRAIN_MAX) + this.scheduler.runTasks();
+      const worked = this.#work();
+      if (this.queue.unsubmitted > 0 && this.#hotCount > 0) this.queue.submit();
       // A lap counts even when it found nothing, so that no state of the queue can put off the settling.
-      this.#workSinceSettle += done > 0 ? done : 1;
-      const busy = this.queue.hasCompletions() || (done > 0 && this.#hot.length > 0);
+      this.#workSinceSettle += Math.max(1, drained + worked);
+      // What was drained has been worked on, in the same lap.
+      const busy = this.queue.hasCompletions() || (worked > 0 && this.#hotCount > 0);
       if (busy && this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
       if (this.#yielding) return true;
       if (busy) continue;
-      if (this.#hot.length === 0) return false;
+      if (this.#hotCount === 0) return false;
       if (this.#hold()) continue;
       this.#settle(false);
       if (this.#spin()) continue;
@@ -177,7 +186,7 @@ export class EventLoop {
   #work(): number {
     let done = 0;
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) done += hot[i].work();
+    for (let i = 0; i < this.#hotCount; i++) done += hot[i].work();
     return done;
   }
 
@@ -187,7 +196,7 @@ export class EventLoop {
     this.#workSinceSettle = 0;
     let more = false;
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) {
+    for (let i = 0; i < this.#hotCount; i++) {
       const member = hot[i];
       const state = member.settle(idle);
       // A settle may remove members, this one too: then its place is not its own any more.
@@ -202,11 +211,13 @@ export class EventLoop {
   #clearRemoved(): void {
     const hot = this.#hot;
     let kept = 0;
-    for (let i = 0; i < hot.length; i++) {
+    for (let i = 0; i < this.#hotCount; i++) {
       const member = hot[i];
       if (member !== REMOVED) hot[kept++] = member;
     }
-    if (kept < hot.length) hot.length = kept;
+    // Nobody is held who is no member.
+    for (let i = kept; i < this.#hotCount; i++) hot[i] = REMOVED;
+    this.#hotCount = kept;
   }
 
   /** Whether members keep back results that somebody waits for, to tell of several at once. */
@@ -258,14 +269,14 @@ export class EventLoop {
 
   #owes(): boolean {
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) if (hot[i].owes?.()) return true;
+    for (let i = 0; i < this.#hotCount; i++) if (hot[i].owes?.()) return true;
     return false;
   }
 
   #peek(): boolean {
     if (this.queue.hasCompletions()) return true;
     const hot = this.#hot;
-    for (let i = 0; i < hot.length; i++) if (hot[i].peek()) return true;
+    for (let i = 0; i < this.#hotCount; i++) if (hot[i].peek()) return true;
     return false;
   }
 }
