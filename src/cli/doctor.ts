@@ -13,7 +13,7 @@ import * as Effect from "effect/Effect";
 export type Status = "ok" | "limited" | "missing";
 
 export interface Finding {
-  /** A short, stable name for scripts: `io_uring`, `uml`, `shm`, `kvm`, `tap` … */
+  /** A short, stable name for scripts: `io_uring`, `uml`, `shm`, `kvm`, `tap`, on 32-bit x86 `lguest` … */
   readonly name: string;
   readonly status: Status;
   /** What was found, in one line. */
@@ -55,6 +55,8 @@ export interface Host {
   /** The names of the network bridges there are. */
   readonly bridges: () => readonly string[];
   readonly terminal: Terminal;
+  /** Whether this process is a 32-bit one on x86: only such a one can use lguest. */
+  readonly is32BitX86: boolean;
 }
 
 export interface Terminal {
@@ -81,6 +83,7 @@ export const diagnose = (probes: Probes, host: Host = thisHost()): Effect.Effect
       checkTap(host),
       checkBridge(host),
       checkPasst(host),
+      ...(host.is32BitX86 ? [checkLguest(host)] : []),
     ];
     const needed = findings.filter(({ name }) => ["uml", "shm"].includes(name));
     return { ready: needed.every(({ status }) => status !== "missing"), findings };
@@ -312,8 +315,19 @@ const hasCapability = (hex: string, bit: number): boolean => {
 const codeOf = (error: unknown): string =>
   error instanceof Error && "code" in error ? String(error.code) : String(error);
 
+const checkLguest = (host: Host): Finding => {
+  const code = host.open("/dev/lguest");
+  if (code === undefined) return ok("lguest", "/dev/lguest opens");
+  const remedy =
+    code === "EACCES" || code === "EPERM"
+      ? "Only root may open it, unless its mode was changed."
+      : "modprobe lg, on Linux 2.6.31 to 3.19 with CONFIG_LGUEST.";
+  return not("missing", "lguest", `/dev/lguest: ${code}`, remedy);
+};
+
 /** Doctor has no loop to hold up, so it may use the synchronous calls. */
 const thisHost = (): Host => ({
+  is32BitX86: process.arch === "ia32",
   readText: (file) => {
     try {
       return { text: fs.readFileSync(file, "utf8") };

@@ -19,8 +19,7 @@ lguestTest(
       platform: "node",
       format: "cjs",
       target: "node18",
-      banner: { js: "const importMetaUrl = require('node:url').pathToFileURL(__filename).href;" },
-      define: { "import.meta.url": "importMetaUrl" },
+      define: { "import.meta.dirname": "__dirname" },
       logLevel: "warning",
     });
     const [first, ...words] = command;

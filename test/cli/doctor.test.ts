@@ -35,6 +35,7 @@ const host = (changes: Partial<Host> & { readonly files?: Record<string, string>
     freeBytes: () => 2 ** 30,
     which: (program) => `/usr/bin/${program}`,
     bridges: () => ["br0", "virbr0"],
+    is32BitX86: false,
     terminal: { stdin: true, stdout: true, term: "xterm", columns: 80, rows: 24 },
     ...changes,
   };
@@ -170,6 +171,16 @@ test("the text has a line for each finding and one for what to do", (t) => {
       "\n" +
       "loopguest cannot start its default guest here: see what is missing above.\n",
   );
+});
+
+test("a 32-bit process is told about lguest, others are not", (t) => {
+  t.false(report(probes, host()).findings.some(({ name }) => name === "lguest"));
+  t.is(finding("lguest", host({ is32BitX86: true })).status, "ok");
+  const missing = finding("lguest", host({ is32BitX86: true, open: () => "ENOENT" }));
+  t.deepEqual([missing.status, missing.found], ["missing", "/dev/lguest: ENOENT"]);
+  t.regex(missing.remedy ?? "", /modprobe lg/);
+  const forbidden = finding("lguest", host({ is32BitX86: true, open: () => "EACCES" }));
+  t.regex(forbidden.remedy ?? "", /root/);
 });
 
 test("the JSON says the same as the text", (t) => {
