@@ -16,7 +16,7 @@ import {
 } from "./hypervisor/kvm-kernel.ts";
 import { RunError } from "./run-error.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
-import { noCounters } from "./virtio/queue-runner.ts";
+import { countersOf } from "./virtio/queue-runner.ts";
 
 /** Finds a kernel and starts the guest on it. */
 export function startOnKvm(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
@@ -42,7 +42,7 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       hugePages: command.hugePages,
       cpus: command.cpus ?? 1,
       devices: devices.map((device) => {
-        const counters = Array.from({ length: device.queueCount }, noCounters);
+        const counters = countersOf(device, services.measured);
         enterStats(services, device, counters);
         return { device, counters };
       }),

@@ -3,17 +3,17 @@ import * as fs from "node:fs";
 import * as Effect from "effect/Effect";
 import type { RunCommand } from "./cli/command-line.ts";
 import { STDOUT } from "./consoles.ts";
-import type { Services } from "./devices.ts";
+import { enterStats, type Services } from "./devices.ts";
 import { LGUEST_DEVICE, startLguest } from "./hypervisor/lguest.ts";
 import { writeAll } from "./loop/waiting.ts";
 import { RunError } from "./run-error.ts";
-import { busCounters } from "./transport/lguest/bus.ts";
 import type { VirtioDevice } from "./virtio/device.ts";
+import { countersOf } from "./virtio/queue-runner.ts";
 
 /** Starts the guest that the command describes. */
 export function startOnLguest(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
   return Effect.gen(function* () {
-    const { opened, reporter, stats } = services;
+    const { opened, reporter, measured } = services;
     const device = yield* deviceOf(command);
     if (command.kernel === undefined) {
       return yield* new RunError({
@@ -21,9 +21,9 @@ export function startOnLguest(services: Services, command: RunCommand, devices: 
           "lguest has no default guest: give it memory and a 32-bit kernel, as in: 64 vmlinux root=/dev/vda",
       });
     }
-    const counters = devices.map(busCounters);
+    const counters = devices.map((each) => countersOf(each, measured));
     devices.forEach((each, i) => {
-      stats.push({ name: each.name, queues: counters[i] });
+      enterStats(services, each, counters[i]);
     });
     return yield* startLguest({
       loop: opened.loop,

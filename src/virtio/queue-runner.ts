@@ -12,7 +12,7 @@ import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
 import type { QueuePort, QueueService, VirtioDevice } from "./device.ts";
 import { VirtqueueFault } from "./fault.ts";
-import type { Latency } from "./latency.ts";
+import { Latency } from "./latency.ts";
 import { type QueueLayout, SplitQueue } from "./split-queue.ts";
 
 /** Chains taken in the first batch after idle, and the most in one batch: it doubles in between. */
@@ -52,6 +52,10 @@ export const noCounters = (latency?: Latency): QueueCounters => ({
   suppressed: 0,
   latency,
 });
+
+/** For every queue of a device; `measured`: count bytes and latencies too. */
+export const countersOf = (device: VirtioDevice, measured = false): QueueCounters[] =>
+  Array.from({ length: device.queueCount }, () => noCounters(measured ? new Latency() : undefined));
 
 export class QueueRunner implements LoopMember, QueuePort {
   readonly name: string;

@@ -26,6 +26,8 @@ export const qemuPrograms: readonly Program[] = [
 export interface QemuOptions {
   /** vhost-user-blk sockets, in the order of vda, vdb …; somebody has to listen at each already. */
   readonly sockets: readonly string[];
+  /** Queues of each disk. Default 1. */
+  readonly diskQueues?: number;
   /** vhost-user-rng sockets; the guest has /dev/hwrng then. */
   readonly rngSockets?: readonly string[];
   /** Network cards, eth0, eth1 …; QEMU comes back to a socket whose server was away. */
@@ -120,7 +122,7 @@ const qemuArguments = (kernel: CloudKernel, initramfs: string, options: QemuOpti
     ...["-append", "console=ttyS0 quiet panic=0 rdinit=/init"],
     ...options.sockets.flatMap((socket, index) => [
       ...["-chardev", `socket,id=c${index},path=${socket}${options.reconnect ? ",reconnect=1" : ""}`],
-      ...["-device", `vhost-user-blk-pci,chardev=c${index},num-queues=1`],
+      ...["-device", `vhost-user-blk-pci,chardev=c${index},num-queues=${options.diskQueues ?? 1}`],
     ]),
     ...(options.rngSockets ?? []).flatMap((socket, index) => [
       ...["-chardev", `socket,id=r${index},path=${socket}`],

@@ -27,6 +27,7 @@ export interface Served extends TestLoop {
 export interface BlockServerOptions {
   readonly sectors?: number;
   readonly readonly?: boolean;
+  readonly queues?: number;
 }
 
 export const SECTORS = 2048;
@@ -56,7 +57,7 @@ export async function withBlockServer(
     const open = yield* openLoop(scheduler, { cpus: 1, completion: queueUnderTest() });
     const { loop } = open;
     const disk = yield* openDisk(loop, { file, readonly: options.readonly ?? false, direct: false });
-    const device = new BlockDevice("vda", disk);
+    const device = new BlockDevice("vda", disk, undefined, options.queues);
     const report = (line: string): void => {
       reports.push(line);
     };

@@ -19,6 +19,7 @@ export const NEED_REPLY = 8;
 export const F = {
   BLK_RO: 1n << 5n,
   BLK_FLUSH: 1n << 9n,
+  BLK_MQ: 1n << 12n,
   NOTIFY_ON_EMPTY: 1n << 24n,
   INDIRECT: 1n << 28n,
   EVENT_IDX: 1n << 29n,
@@ -306,6 +307,8 @@ export interface Request {
  */
 export class BlockDriver {
   readonly size: number;
+  /** Which queue of the device it drives. */
+  readonly ring: number;
   readonly memory: MemoryFile;
   readonly placement: Placement;
   readonly kickFd = check(native.eventfd(), "eventfd");
@@ -316,8 +319,11 @@ export class BlockDriver {
   #available = 0;
   #slots = 0;
 
-  constructor(options: { length?: number; size?: number; room?: number; placement?: Placement } = {}) {
+  constructor(
+    options: { length?: number; size?: number; room?: number; placement?: Placement; ring?: number } = {},
+  ) {
     this.size = options.size ?? 64;
+    this.ring = options.ring ?? 0;
     this.room = options.room ?? 0x4000;
     this.placement = options.placement ?? { guest: 0n, user: 0n, offset: 0 };
     this.memory = new MemoryFile((options.length ?? 0x200000) + this.placement.offset);
@@ -354,14 +360,15 @@ export class BlockDriver {
 
   /** The ring alone, anew and empty. */
   setUpRing(frontEnd: FrontEnd, base = 0): void {
+    const { ring } = this;
     this.#reset(base);
-    frontEnd.setVringFd(REQUEST.SET_VRING_CALL, 0, this.callFd);
-    frontEnd.setVringFd(REQUEST.SET_VRING_ERR, 0, this.errFd);
-    frontEnd.setVringNumber(0, this.size);
-    frontEnd.setVringBase(0, base);
-    frontEnd.setVringAddresses(0, this.addresses);
-    frontEnd.setVringFd(REQUEST.SET_VRING_KICK, 0, this.kickFd);
-    frontEnd.setVringEnable(0, 1);
+    frontEnd.setVringFd(REQUEST.SET_VRING_CALL, ring, this.callFd);
+    frontEnd.setVringFd(REQUEST.SET_VRING_ERR, ring, this.errFd);
+    frontEnd.setVringNumber(ring, this.size);
+    frontEnd.setVringBase(ring, base);
+    frontEnd.setVringAddresses(ring, this.addresses);
+    frontEnd.setVringFd(REQUEST.SET_VRING_KICK, ring, this.kickFd);
+    frontEnd.setVringEnable(ring, 1);
   }
 
   #reset(base: number): void {

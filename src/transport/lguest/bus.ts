@@ -22,7 +22,7 @@ import { check, errnoName, native } from "../../native.ts";
 import type { VirtioDevice } from "../../virtio/device.ts";
 import type { VirtqueueFault } from "../../virtio/fault.ts";
 import { F_VERSION_1, listBits, QUEUE_FEATURES } from "../../virtio/features.ts";
-import { noCounters, type QueueCounters, QueueRunner } from "../../virtio/queue-runner.ts";
+import { type QueueCounters, QueueRunner } from "../../virtio/queue-runner.ts";
 import {
   type DevicePlace,
   layOutPage,
@@ -79,9 +79,6 @@ export function planBus(ramBytes: number, devices: readonly VirtioDevice[]): Pag
     })),
   );
 }
-
-export const busCounters = (device: VirtioDevice): QueueCounters[] =>
-  Array.from({ length: device.queueCount }, noCounters);
 
 export class LguestBus {
   readonly #options: BusOptions;

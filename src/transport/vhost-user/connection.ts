@@ -530,7 +530,7 @@ export class Connection {
     return Effect.gen({ self: this }, function* () {
       const { ring, fd } = yield* attempt(() => this.#ringFd(message));
       if (fd !== undefined) kept.add(fd);
-      if (message.request === REQUEST.SET_VRING_CALL) ring.setFd("callFd", fd ?? -1);
+      if (message.request === REQUEST.SET_VRING_CALL) ring.replaceCall(fd ?? -1);
       else if (message.request === REQUEST.SET_VRING_ERR) ring.setFd("errFd", fd ?? -1);
       else {
         yield* ring.stop;

@@ -84,6 +84,8 @@ export class Ring {
       runner.run.pipe(Effect.tapError((fault) => Effect.sync(() => this.#onFault(fault)))),
       { scheduler: this.#loop.scheduler },
     );
+    // A predecessor may have died between publishing and interrupting.
+    if (table !== undefined) this.#notify();
   }
 
   #makeRunner(
@@ -184,6 +186,15 @@ export class Ring {
     };
     this.#loop.queue.cancel(this.#kickSlot);
   });
+
+  /**
+   * Replaces the call descriptor. QEMU does it while the ring runs, when the guest masks or unmasks its interrupt, and
+   * does not wait for us: what we signalled on the old one in between may be lost. An interrupt too many harms nobody.
+   */
+  replaceCall(fd: number): void {
+    this.setFd("callFd", fd);
+    if (this.isStarted) this.#notify();
+  }
 
   /** Replaces a descriptor of the ring; the old one is closed. */
   setFd(which: "kickFd" | "callFd" | "errFd", fd: number): void {

@@ -6,8 +6,7 @@ import type * as Scope from "effect/Scope";
 import { POLL_IN } from "../../loop/completion-queue.ts";
 import { waitReady } from "../../loop/waiting.ts";
 import { ERRNO, errnoName, native } from "../../native.ts";
-import { Latency } from "../../virtio/latency.ts";
-import { noCounters, type QueueCounters } from "../../virtio/queue-runner.ts";
+import { countersOf, type QueueCounters } from "../../virtio/queue-runner.ts";
 import { Connection, type ConnectionOptions } from "./connection.ts";
 
 /** A socket that cannot be listened on; the message says why and what to do. */
@@ -42,9 +41,7 @@ export function listen(options: ListenOptions): Effect.Effect<VhostUserServer, S
         removeOwn(options.path, listener.inode);
       }),
     ).pipe(Effect.map((listener) => listener.fd));
-    const counters = Array.from({ length: options.device.queueCount }, () =>
-      noCounters(options.measured ? new Latency() : undefined),
-    );
+    const counters = countersOf(options.device, options.measured);
     let connections = 0;
     const accept = Effect.gen(function* () {
       const client = native.unixAccept(fd);

@@ -333,3 +333,46 @@ ringTest("a hostile record does no harm: its heads are checked like any other", 
     });
   });
 });
+
+ringTest("several queues of a disk serve side by side, each on its own", async (t) => {
+  const queues = 4;
+  await withBlockServer(
+    async (served) => {
+      const frontEnd = FrontEnd.connect(served.socket);
+      const size = 0x200000n;
+      const drivers = Array.from({ length: queues }, (_, ring) => {
+        const base = BigInt(ring) * size;
+        return new BlockDriver({ ring, placement: { guest: base, user: base + 0x7f0000000000n, offset: 0 } });
+      });
+      frontEnd.setOwner();
+      t.is(await frontEnd.getU64(REQUEST.GET_QUEUE_NUM), BigInt(queues));
+      const features = await frontEnd.getFeatures();
+      t.is(features & F.BLK_MQ, F.BLK_MQ);
+      frontEnd.setProtocolFeatures(PROTOCOL.MQ | PROTOCOL.CONFIG);
+      frontEnd.setFeatures(USUAL | F.BLK_MQ);
+      t.is((await frontEnd.getConfig(60)).getUint16(12 + 34, true), queues);
+      frontEnd.setMemory(drivers.map((driver) => driver.region));
+      for (const driver of drivers) driver.setUpRing(frontEnd);
+      await Promise.all(
+        drivers.map(async (driver, n) => {
+          for (let round = 0; round < 20; round++) {
+            const data = new Uint8Array(512).fill(16 * n + (round % 16));
+            await driver.write(64 + n, data);
+            t.deepEqual(await driver.read(64 + n, 512), data);
+          }
+        }),
+      );
+      t.deepEqual(
+        served.server.counters.map(({ chains }) => chains),
+        drivers.map(() => 40),
+      );
+      // One queue's stop is no other's.
+      t.is(await frontEnd.getVringBase(1), 40);
+      t.deepEqual(await drivers[2].read(5, 512), sectorPattern(5));
+      frontEnd.close();
+      for (const driver of drivers) driver.close();
+      t.deepEqual(served.reports, []);
+    },
+    { queues },
+  );
+});
