@@ -19,6 +19,8 @@ import { runConsole } from "./parts/console.ts";
 import { runGuests } from "./parts/guests.ts";
 import { runIdle } from "./parts/idle.ts";
 import { runLoads } from "./parts/loads.ts";
+import { runNet } from "./parts/net.ts";
+import { runQemuNet } from "./parts/qemu-net.ts";
 import { runStartUp } from "./parts/start-up.ts";
 import { runSystemCalls } from "./parts/system-calls.ts";
 import { htmlOf } from "./report/html.ts";
@@ -32,6 +34,8 @@ const PARTS: Readonly<Record<string, (bench: Bench) => Promise<void>>> = {
   console: runConsole,
   guests: runGuests,
   idle: runIdle,
+  net: runNet,
+  "qemu-net": runQemuNet,
   "start-up": runStartUp,
   "system-calls": runSystemCalls,
 };

@@ -24,6 +24,8 @@ export interface BackEnd {
   readonly command: (disks: readonly Disk[]) => string[];
   /** The command that serves a console on its stdin and stdout, where it can. */
   readonly console?: (socket: string) => string[];
+  /** The command that serves a network card on a tap of its own, the host at 10.99.0.1, where it can. */
+  readonly net?: (socket: string) => string[];
   /** What has to be built first. */
   readonly prepare?: () => Promise<unknown>;
   /** Added to the environment. */
@@ -86,6 +88,12 @@ function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): 
       ...words,
       `--console=socket=${socket}`,
     ],
+    net: (socket) => [
+      ...(loopguestCommand()?.command ?? []),
+      "serve",
+      ...words,
+      `--tunnet=10.99.0.1,socket=${socket}`,
+    ],
   };
 }
 
@@ -129,6 +137,7 @@ function threadsBackEnd(name: string, direct: boolean): BackEnd {
       ...disks.map(({ file, socket }) => `${file}=${socket}`),
     ],
     console: (socket) => [process.execPath, program, "--console", socket],
+    net: (socket) => [process.execPath, program, "--net", socket],
   };
 }
 

@@ -22,6 +22,7 @@ const PROGRAMS = {
     "watch.c",
   ],
   "vu-console-load": ["console.c", "common.c", "vhost_user.c", "watch.c"],
+  "vu-net-load": ["net.c", "common.c", "vhost_user.c", "watch.c"],
   "bare-read": ["bare.c", "common.c", "histogram.c", "pattern.c", "watch.c"],
 } as const;
 

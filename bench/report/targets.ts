@@ -193,10 +193,30 @@ function small(asked: Asked): Wanted[] {
   ];
 }
 
+function network(asked: Asked): Wanted[] {
+  const works = asked.worksWith("net/", "loop", "threads");
+  const frames = works.map((work) => asked.ratio(work, "threads", "ops_per_second"));
+  const interrupts = works.map((work) => asked.ratio(work, "threads", "interrupts_per_1000"));
+  return [
+    least(`frames of threads (the least of ${works.length})`, asked.least(frames), 1.5),
+    most(`interrupts for a frame of threads (the most of ${works.length})`, asked.most(interrupts), 1),
+  ];
+}
+
 /** The list, with the figures of this run. */
 export function targetsOf(samples: readonly Sample[]): Target[] {
   const asked = new Asked(samples);
-  const lists = [polled, waited, atDepthOne, againstThreads, againstLimits, manyDisks, small, onEpoll];
+  const lists = [
+    polled,
+    waited,
+    atDepthOne,
+    againstThreads,
+    againstLimits,
+    manyDisks,
+    small,
+    onEpoll,
+    network,
+  ];
   return lists.flatMap((list, i) =>
     list(asked).map((wanted) => ({ number: i + 1, ...wanted, met: isMet(wanted) })),
   );

@@ -4,15 +4,20 @@
  *
  *     node bench/build/threads/main.js [--direct] FILE=SOCKET …
  *     node bench/build/threads/main.js --console SOCKET      a console on stdin and stdout
+ *     node bench/build/threads/main.js --net SOCKET          a network card on a tap, the host at 10.99.0.1
  *
  * The main thread answers the front-ends' messages (front-end.ts); a thread serves a queue (queue-thread.ts).
  */
 import * as fs from "node:fs";
 import { basename, join } from "node:path";
 import * as Effect from "effect/Effect";
+import * as Scope from "effect/Scope";
 import { BlockDevice } from "../../src/device/block.ts";
 import { ConsoleDevice } from "../../src/device/console.ts";
 import { type DiskFile, SECTOR_BYTES } from "../../src/device/disk-file.ts";
+import { NetDevice } from "../../src/device/net.ts";
+import { OFFLOAD } from "../../src/device/net-backend.ts";
+import { openTap } from "../../src/device/tap.ts";
 import { POLL_IN } from "../../src/loop/completion-queue.ts";
 import type { EventLoop } from "../../src/loop/event-loop.ts";
 import { openLoop } from "../../src/loop/open-loop.ts";
@@ -78,6 +83,24 @@ function terminal(socket: string, common: Common): Promise<never> {
   return serveDevice(socket, { ...common, device, purposes });
 }
 
+/** The offloads are what the benchmark's driver accepts. */
+async function card(socket: string, common: Common): Promise<never> {
+  const host = { kind: "address", address: Uint8Array.of(10, 99, 0, 1), prefix: 24 } as const;
+  const scope = Scope.makeUnsafe();
+  const tap = await Effect.runPromise(
+    openTap({ what: "--net", host, queues: 1 }).pipe(Effect.provideService(Scope.Scope, scope)),
+  );
+  tap.configure(12, OFFLOAD.CSUM | OFFLOAD.TSO4);
+  const mac = Uint8Array.of(2, 0, 0, 0, 0x88, 0x88);
+  const device = new NetDevice("eth0", tap, { mac, report: console.error, trace: undefined });
+  const [{ fd }] = tap.lanes;
+  const purposes = [
+    { kind: "net-in", fd },
+    { kind: "net-out", fd },
+  ] as const;
+  return serveDevice(socket, { ...common, device, purposes });
+}
+
 /** Threads that block in a system call must be told to end before the process can. */
 async function leave(status: number): Promise<never> {
   for (const socket of sockets) fs.rmSync(socket, { force: true });
@@ -91,8 +114,8 @@ function serveAll(loop: EventLoop, words: readonly string[]): void {
   const common = { waitReadable, threadProgram };
   const [first = "", ...rest] = words;
   const devices =
-    first === "--console"
-      ? rest.map((socket) => terminal(socket, common))
+    first === "--console" || first === "--net"
+      ? rest.map((socket) => (first === "--net" ? card : terminal)(socket, common))
       : first === "--direct"
         ? rest.map((word, i) => disk(word, i, true, common))
         : words.map((word, i) => disk(word, i, false, common));

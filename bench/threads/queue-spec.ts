@@ -5,7 +5,9 @@ import type { Disk } from "./disk-requests.ts";
 /** What a queue is for: requests of a disk, or one direction of a console whose bytes go to or come from `fd`. */
 export type Purpose =
   | { readonly kind: "disk"; readonly disk: Disk }
-  | { readonly kind: "console-in" | "console-out"; readonly fd: number };
+  | { readonly kind: "console-in" | "console-out"; readonly fd: number }
+  /** Frames from or to a tap that is opened non-blocking. */
+  | { readonly kind: "net-in" | "net-out"; readonly fd: number };
 
 /** A ring that was set up over vhost-user, and what it is for. */
 export interface QueueSpec {

@@ -6,8 +6,9 @@
  */
 import * as fs from "node:fs";
 import { parentPort, workerData } from "node:worker_threads";
+import { Iovecs } from "../../src/device/iovecs.ts";
 import { GuestMemory, MemoryRegion } from "../../src/memory/guest-memory.ts";
-import { check, native } from "../../src/native.ts";
+import { check, ERRNO, native } from "../../src/native.ts";
 import { DescriptorChain } from "../../src/virtio/chain.ts";
 import { SplitQueue } from "../../src/virtio/split-queue.ts";
 import { DiskRequests } from "./disk-requests.ts";
@@ -123,6 +124,45 @@ function setBlocking(fd: number): void {
   check(native.ioctl(fd, FIONBIO, new Int32Array(1)), `FIONBIO of descriptor ${fd}`);
 }
 
+/** An iovec for each segment; a chain has few. */
+const iovecs = new Iovecs(64);
+
+function fill(chain: DescriptorChain): number {
+  const count = Math.min(chain.count, iovecs.capacity);
+  for (let i = 0; i < count; i++) iovecs.set(i, chain.address(i), chain.length[i]);
+  return count;
+}
+
+/** Frames to the host (lguest.c: net_output). */
+function sendFrame(chain: DescriptorChain, fd: number): number {
+  native.writev(fd, iovecs.at(0), fill(chain));
+  return 0;
+}
+
+/**
+ * Frames from the host (lguest.c: net_input): the guest is told of what came before the read that blocks, and not
+ * earlier. The driver of the benchmark gives each frame a chain of its own.
+ */
+function serveFrames(queue: SplitQueue, chain: DescriptorChain, fd: number): void {
+  while (Atomics.load(control, CONTROL.STOP) === 0) {
+    if (queue.countAvailable() === 0) {
+      sleep(queue);
+      continue;
+    }
+    queue.take(chain);
+    const count = fill(chain);
+    let got = native.readv(fd, iovecs.at(0), count);
+    if (got === -ERRNO.EAGAIN) {
+      tell(queue);
+      setBlocking(fd);
+      got = native.readv(fd, iovecs.at(0), count);
+      native.setNonBlocking(fd);
+    }
+    queue.addUsed(chain.head, Math.max(0, got));
+    if (queue.unpublished >= PUBLISH_AFTER) queue.publish();
+  }
+}
+
 function servePurpose(queue: SplitQueue): void {
   const { purpose, features } = spec;
   const chain = new DescriptorChain(queue.segmentsMax);
@@ -135,6 +175,12 @@ function servePurpose(queue: SplitQueue): void {
     case "console-out":
       setBlocking(purpose.fd);
       serve(queue, chain, () => writeOut(chain, purpose.fd));
+      break;
+    case "net-out":
+      serve(queue, chain, () => sendFrame(chain, purpose.fd));
+      break;
+    case "net-in":
+      serveFrames(queue, chain, purpose.fd);
       break;
     case "console-in":
       setBlocking(purpose.fd);

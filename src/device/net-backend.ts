@@ -3,8 +3,10 @@
  * time, now or not at all. Whether a tap or a process behind a stream socket is at the other end, the device
  * does not know.
  *
- * Frames are read and written from the loop with system calls that do not block, not through the ring: a frame
- * that is there is copied at once either way, and a read that has to wait is a poll within the kernel all the same.
+ * Frames are read and written from the loop with system calls that do not block, not through the ring. Measured on a
+ * tap, in batches of 32 on the ring: CPU time for a frame is the same within the noise (64 bytes: 0.5 µs to read, 0.9 µs
+ * to write, both ways), and a plain call needs no buffers that are lent to the kernel meanwhile, keeps the order by
+ * itself, and tells of an empty tap at once.
  */
 import * as Data from "effect/Data";
 
