@@ -8,6 +8,8 @@ import { probeKvm } from "./hypervisor/kvm/probe.ts";
 import { RunError } from "./run-error.ts";
 import { canRunLguest } from "./run-lguest.ts";
 
+const PATIENCE_WITHOUT_CHOICE_MS = 5000;
+
 export type Hypervisor = "uml" | "kvm" | "lguest";
 
 export function chooseHypervisor(
@@ -24,7 +26,8 @@ export function chooseHypervisor(
         return "uml";
       }
     }
-    const probe = yield* probeKvm(opened.loop);
+    // Who asks for KVM has no other choice, and waits for a slow one.
+    const probe = yield* probeKvm(opened.loop, PATIENCE_WITHOUT_CHOICE_MS);
     if (!probe.usable) return yield* new RunError({ message: `${whoNeedsKvm(command)}: ${probe.reason}` });
     reporter.trace?.(`KVM runs this guest; its test took ${Math.round(probe.milliseconds)} ms`);
     return "kvm";

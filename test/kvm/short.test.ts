@@ -30,7 +30,7 @@ echo "stats $(tail -n 1 /run/stats)"
 loopguest --exec='echo c > /proc/sysrq-trigger' 2>&1 | grep panicked
 exit 3
 `,
-    { timeoutMs: 540_000 },
+    { timeoutMs: 540_000, cpus: 2 },
   );
   const { lines } = result;
   t.is(result.status, 3, result.transcript);

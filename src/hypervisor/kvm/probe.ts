@@ -35,11 +35,11 @@ const CODE_ADDRESS = 0x10000;
 const TABLES = 0x20000;
 const STACK = 0x8000;
 const MEMORY_MIB = 1;
-/** Real hardware needs a millisecond, and an emulated machine with real KVM in it a tenth of a second. */
-const PATIENCE_MS = 400;
+/** Real hardware needs some milliseconds, and an emulated machine with real KVM in it a third of a second. */
+export const PATIENCE_MS = 400;
 
-/** Looks once. It takes a few milliseconds, at most half a second. */
-export function probeKvm(loop: EventLoop): Effect.Effect<KvmProbe> {
+/** Looks once. It takes a few milliseconds, at most `patienceMs` and a little. */
+export function probeKvm(loop: EventLoop, patienceMs = PATIENCE_MS): Effect.Effect<KvmProbe> {
   return Effect.scoped(
     Effect.gen(function* () {
       const begin = performance.now();
@@ -55,11 +55,11 @@ export function probeKvm(loop: EventLoop): Effect.Effect<KvmProbe> {
         trace: undefined,
       });
       const end = yield* Effect.timeoutOrElse(machine.end, {
-        duration: PATIENCE_MS,
+        duration: patienceMs,
         orElse: () => Effect.succeed(undefined),
       });
       const milliseconds = performance.now() - begin;
-      if (end === undefined) return { usable: false, reason: TOO_SLOW } as const;
+      if (end === undefined) return { usable: false, reason: tooSlow(patienceMs) } as const;
       if (end.kind === "reset") return { usable: true, milliseconds } as const;
       const what = end.kind === "stopped" ? end.message : end.kind;
       return { usable: false, reason: `${ONLY_EMULATES} (${what})` } as const;
@@ -69,7 +69,8 @@ export function probeKvm(loop: EventLoop): Effect.Effect<KvmProbe> {
 
 const ONLY_EMULATES =
   "/dev/kvm is there, but it runs no kernel: it only emulates, for want of hardware virtualisation";
-const TOO_SLOW = `/dev/kvm is there, but a small test took longer than ${PATIENCE_MS} ms: it is no real one`;
+const tooSlow = (ms: number): string =>
+  `/dev/kvm is there, but a small test took longer than ${ms} ms: it is no real one`;
 
 function loadProbe(memory: GuestMemory): CpuEntry {
   put(memory, CODE_ADDRESS, CODE);
