@@ -22,6 +22,7 @@ import { countersOf } from "./virtio/queue-runner.ts";
 export function startOnKvm(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
   return Effect.gen(function* () {
     const { opened, reporter } = services;
+    yield* checkRoot(command);
     const kernel = yield* obtainKernel(services, command);
     reporter.trace?.(`kernel ${kernel.path}, modules ${kernel.modules ?? "none"}`);
     const file = yield* read("the kernel", kernel.path);
@@ -54,6 +55,16 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
     reporter.trace?.(`from this process's start to the first instruction of the guest: ${sinceStart()} ms`);
     return guest;
   });
+}
+
+/** The default guest's root is its initramfs here; another would be promised in vain. */
+function checkRoot({ root }: RunCommand): Effect.Effect<void, RunError> {
+  if (root.dir === "/" && !root.writable) return Effect.void;
+  return Effect.fail(
+    new RunError({
+      message: `--root=${root.dir}: on KVM the guest sees no host files yet; take --hypervisor=uml`,
+    }),
+  );
 }
 
 const sinceStart = (): number => Math.round(performance.now());
