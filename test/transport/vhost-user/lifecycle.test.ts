@@ -338,8 +338,9 @@ ringTest("new memory brings back a device whose memory was lost", async (t) => {
 });
 
 /**
- * How far a count goes in 200 ms, the first time that it goes less than `limit`: a busy machine may have left this
- * process things to do, but not for ever.
+ * How far a count goes in 200 ms, the first time that it goes less than `limit`. On a busy machine libuv was seen to be
+ * ready hundreds of times in such a window, and then no more: V8 posts itself tasks until its marking threads, which get
+ * no CPU, are through. A loop that is kept busy by what the test does would be so in every window.
  */
 async function quietest(count: () => number, limit: number): Promise<number> {
   let went = 0;
