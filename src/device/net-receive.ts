@@ -172,7 +172,8 @@ export class ReceiveService implements QueueService {
 
   /** Moves what is held to the front of its arrays. */
   #compact(): void {
-    const { moveCount, first } = { moveCount: this.#held, first: this.#first };
+    const first = this.#first;
+    const count = this.#held;
     this.#iovecs.moveToFront(this.#firstIovec, this.#endIovec - this.#firstIovec);
     this.#endIovec -= this.#firstIovec;
     this.#firstIovec = 0;
@@ -181,9 +182,9 @@ export class ReceiveService implements QueueService {
     this.#bytes.copyWithin(0, first, this.#end);
     this.#offsets.copyWithin(0, first, this.#end);
     this.#firstLengths.copyWithin(0, first, this.#end);
-    for (let i = 0; i < moveCount; i++) this.#regions[i] = this.#regions[first + i];
+    for (let i = 0; i < count; i++) this.#regions[i] = this.#regions[first + i];
     this.#first = 0;
-    this.#end = moveCount;
+    this.#end = count;
   }
 
   /** One frame into the guest's buffers, or into ours; false when that has to wait for something. */
