@@ -26,7 +26,7 @@ const IIR_FIFO = 0xc0;
 const FCR_FIFO = 0x01;
 const FCR_CLEAR_RECEIVED = 0x02;
 
-/** Input that waits for the guest; more than this is dropped, as a real line would. */
+/** Input that waits for the guest, its own in loop mode too; more than this is dropped, as a real line would. */
 const INPUT_MAX = 4096;
 
 export interface SerialSide {
@@ -94,8 +94,9 @@ export class SerialPort {
   }
 
   #transmit(value: number): void {
-    if ((this.#mcr & MCR_LOOP) !== 0) this.#input.push(value);
-    else this.#side.send(value);
+    if ((this.#mcr & MCR_LOOP) === 0) this.#side.send(value);
+    else if (this.#input.length < INPUT_MAX) this.#input.push(value);
+    else this.#overrun = true;
     this.#sent = true;
     this.#update();
   }

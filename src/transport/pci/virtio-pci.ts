@@ -391,6 +391,11 @@ export class VirtioPci implements PciFunction {
     const starts = (status & STATUS_DRIVER_OK) !== 0 && (this.#status & STATUS_DRIVER_OK) === 0;
     this.#status = status & 0xff;
     if (!starts) return;
+    // Nobody has looked at these features: no queue works by them (3.1.1, steps 5 and 6).
+    if ((status & STATUS_FEATURES_OK) === 0) {
+      this.#break(`${this.#device.name}: DRIVER_OK without FEATURES_OK`);
+      return;
+    }
     this.#options.trace?.(`${this.#device.name}: the driver accepted ${listBits(this.#driverFeatures)}`);
     for (const queue of this.#queues) if (queue.enabled) this.#startQueue(queue);
   }

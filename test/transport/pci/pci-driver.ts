@@ -4,7 +4,7 @@ import type { EventLoop } from "../../../src/loop/event-loop.ts";
 import type { GuestMemory } from "../../../src/memory/guest-memory.ts";
 import type { PciHost } from "../../../src/transport/pci/host.ts";
 import { PciRoot } from "../../../src/transport/pci/root.ts";
-import { VirtioPci } from "../../../src/transport/pci/virtio-pci.ts";
+import { BAR_BYTES, VirtioPci } from "../../../src/transport/pci/virtio-pci.ts";
 import type { VirtioDevice } from "../../../src/virtio/device.ts";
 import { noCounters } from "../../../src/virtio/queue-runner.ts";
 import type { QueueLayout } from "../../../src/virtio/split-queue.ts";
@@ -18,13 +18,15 @@ export class NotingHost implements PciHost {
   readonly kicks = new Map<number, number>();
   canWatch = true;
 
+  /** As the kernel: an address that is watched already is refused. */
   watchKick(address: number, fd: number): boolean {
-    if (this.canWatch) this.kicks.set(address, fd);
-    return this.canWatch;
+    if (!this.canWatch || this.kicks.has(address)) return false;
+    this.kicks.set(address, fd);
+    return true;
   }
 
-  unwatchKick(address: number): void {
-    this.kicks.delete(address);
+  unwatchKick(address: number, fd: number): void {
+    if (this.kicks.get(address) === fd) this.kicks.delete(address);
   }
 
   claimRoute(): number {
@@ -86,22 +88,29 @@ export const COMMON_REG = {
 export type CommonReg = keyof typeof COMMON_REG;
 
 export class PciDriver {
-  readonly host = new NotingHost();
-  readonly root = new PciRoot();
+  readonly host: NotingHost;
+  readonly root: PciRoot;
   readonly function: VirtioPci;
   readonly reports: string[] = [];
   readonly msixCapability: number;
-  readonly #slot: number;
+  /** Its device number on the bus. */
+  readonly slot: number;
+  /** Where its BAR is at first. */
+  readonly barAddress: number;
 
-  constructor(loop: EventLoop, device: VirtioDevice, memory: GuestMemory, slot = 1) {
-    this.#slot = slot;
+  /** @param beside the driver of the device before it on the same bus; without one the bus is new */
+  constructor(loop: EventLoop, device: VirtioDevice, memory: GuestMemory, beside?: PciDriver) {
+    this.host = beside?.host ?? new NotingHost();
+    this.root = beside?.root ?? new PciRoot();
+    this.slot = (beside?.slot ?? 0) + 1;
+    this.barAddress = BAR + (this.slot - 1) * BAR_BYTES;
     this.function = new VirtioPci({
       loop,
       host: this.host,
       memory,
       device,
       counters: Array.from({ length: device.queueCount }, noCounters),
-      barAddress: BAR,
+      barAddress: this.barAddress,
       report: (line) => void this.reports.push(line),
       trace: undefined,
     });
@@ -110,12 +119,12 @@ export class PciDriver {
   }
 
   config(offset: number, size = 4): number {
-    this.root.writePort(0, 4, 0x80000000 + (this.#slot << 11) + (offset & 0xfc));
+    this.root.writePort(0, 4, 0x80000000 + (this.slot << 11) + (offset & 0xfc));
     return this.root.readPort(4 + (offset & 3), size) >>> 0;
   }
 
   setConfig(offset: number, size: number, value: number): void {
-    this.root.writePort(0, 4, 0x80000000 + (this.#slot << 11) + (offset & 0xfc));
+    this.root.writePort(0, 4, 0x80000000 + (this.slot << 11) + (offset & 0xfc));
     this.root.writePort(4 + (offset & 3), size, value);
   }
 

@@ -167,6 +167,24 @@ pciTest("a broken rule stops the device, which says so, and a reset brings it ba
   await eventually("it works again", () => fresh.hasUsed);
 });
 
+pciTest(
+  "a driver that starts without agreeing on features has a device that needs a reset",
+  async (scene) => {
+    const { t, device, driver, rings } = scene;
+    driver.enable();
+    driver.set("status", 3);
+    driver.set("driverFeature", 0xffffffff);
+    driver.setUpQueue(0, rings.layout);
+    driver.set("status", 7);
+    t.is(driver.get("status"), 0x47);
+    t.deepEqual(device.services, []);
+    t.regex(
+      driver.reports[0],
+      /hand: DRIVER_OK without FEATURES_OK; hand is stopped until the guest resets it/,
+    );
+  },
+);
+
 pciTest("rings outside memory stop the device, not the process", async (scene) => {
   const { t, driver, rings } = scene;
   driver.enable();
