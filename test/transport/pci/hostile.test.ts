@@ -247,21 +247,24 @@ ringTest(
   (t) => {
     t.timeout(120_000);
     return withLoop(async (open) => {
-      const property = fc.asyncProperty(fc.array(step, { minLength: 1, maxLength: 150 }), async (steps) => {
-        const scene = new Scene(t, open);
-        try {
-          const before = identity(scene.victim);
-          scene.victim.config(0);
-          for (const one of steps) await scene.take(one);
-          scene.checkIdentity(before);
-          await scene.neighbourWorks();
-          await scene.victimRecovers();
-          await scene.neighbourWorks();
-        } finally {
-          await scene.close();
-        }
-      });
-      await fc.assert(property, { numRuns: 150 });
+      const property = fc.asyncProperty(
+        fc.array(step, { minLength: 1, maxLength: 250, size: "max" }),
+        async (steps) => {
+          const scene = new Scene(t, open);
+          try {
+            const before = identity(scene.victim);
+            scene.victim.config(0);
+            for (const one of steps) await scene.take(one);
+            scene.checkIdentity(before);
+            await scene.neighbourWorks();
+            await scene.victimRecovers();
+            await scene.neighbourWorks();
+          } finally {
+            await scene.close();
+          }
+        },
+      );
+      await fc.assert(property, { numRuns: 400 });
     }, 1);
   },
 );
