@@ -237,7 +237,8 @@ test("kill -9 of the launcher leaves nothing either", async (t) => {
   t.is(launcher.process.signalCode, "SIGKILL");
 });
 
-test("what cannot start is one line that names it, before anything starts", async (t) => {
+// Once: no guest starts.
+test.once("what cannot start is one line that names it, before anything starts", async (t) => {
   const folder = makeFolder(t);
   const file = path.join(folder, "file");
   fs.writeFileSync(file, "");
@@ -260,7 +261,7 @@ test("what cannot start is one line that names it, before anything starts", asyn
   }
 });
 
-test("a wrong option is refused with usage, and doctor says what this host offers", async (t) => {
+test.once("a wrong option is refused with usage, and doctor says what this host offers", async (t) => {
   const wrong = await runLauncher(t, ["--no-such-option"]);
   t.is(wrong.status, 2);
   t.is(wrong.stdout, "");

@@ -7,9 +7,11 @@ import * as fs from "node:fs";
 import * as os from "node:os";
 import * as path from "node:path";
 import type { Readable, Writable } from "node:stream";
-import type { ExecutionContext, TestFn } from "ava";
+import type { ExecutionContext } from "ava";
 import * as Effect from "effect/Effect";
 import { obtainUmlKernel, type UmlKernel } from "../../src/hypervisor/uml-kernel.ts";
+import { queueUnderTest } from "../support/queue-under-test.ts";
+import { onEachQueue, type Register } from "../support/ring-test.ts";
 import { type Exit, until, within } from "./child.ts";
 import { type Program, testWith } from "./prerequisites.ts";
 
@@ -22,13 +24,19 @@ export const bootTimeoutMs = 120_000;
 export const umlKernel = (): Promise<UmlKernel> =>
   Effect.runPromise(obtainUmlKernel({ progress: (line) => console.error(line) }));
 
+/** Registers a test of guests for each completion queue; `once` for what no queue has a part in. */
+export type GuestTest = Register & { readonly once: Register };
+
 /**
- * A serial `test` of guests, because two guests at once are enough for two CPUs, and another test file has one
- * too. It is `test.skip` where the kernel or one of `programs` cannot be had, but never with CI=true.
+ * Serial tests of guests, because two guests at once are enough for two CPUs, and another test file has one too. They
+ * are skipped where the kernel or one of `programs` cannot be had, but never with CI=true.
  */
-export const guestTest = async (
-  ...programs: readonly Program[]
-): Promise<TestFn["serial"] | TestFn["skip"]> => {
+export const guestTest = async (...programs: readonly Program[]): Promise<GuestTest> => {
+  const once = await serialTest(programs);
+  return Object.assign<Register, { once: Register }>((...test) => onEachQueue(once, ...test), { once });
+};
+
+const serialTest = async (programs: readonly Program[]): Promise<Register> => {
   const test = testWith(...programs);
   if (!("serial" in test)) return test;
   try {
@@ -75,8 +83,8 @@ export interface Launcher {
   readonly untilStdout: (pattern: RegExp) => Promise<RegExpExecArray>;
 }
 
-/** LOOPGUEST_TEST_COMPLETION=epoll: all guests on epoll, in place of the few that are in any case. */
-const completion = process.env.LOOPGUEST_TEST_COMPLETION;
+/** The option for the queue under test: io_uring is what nobody has to ask for. */
+export const completionOption = (): string[] => (queueUnderTest() === "epoll" ? ["--completion=epoll"] : []);
 
 /**
  * Starts the launcher, in a checkout as in `npm start`. The process is the launcher itself: setpriv makes it end
@@ -101,7 +109,7 @@ export const launch = (
     "--import=tsx",
     "src/main.ts",
   ];
-  const chosen = completion === undefined || args[0] === "doctor" ? [] : [`--completion=${completion}`];
+  const chosen = args[0] === "doctor" ? [] : completionOption();
   const child = spawn(words[0], [...words.slice(1), ...withOptions(args, chosen)], {
     cwd: checkout,
     stdio: [options.stdin === "pipe" ? "pipe" : "ignore", "pipe", "pipe"],
