@@ -61,20 +61,28 @@ const RNG_DRIVER = "virtio_rng";
 /** A module in some kernels; in others built in, or left out. */
 const IPV6 = "ipv6";
 
+export interface GuestModules {
+  /** In the order of loading. */
+  readonly loaded: ReadonlyArray<LoadedModule>;
+  /** What the guest can do without, and has to. */
+  readonly missing: ReadonlyArray<string>;
+}
+
 /**
- * The modules of `wanted`, and those that the devices would like, that this kernel does not have built in, in the order
- * of loading.
+ * The modules of `wanted`, and of those that the guest or its devices would like, that this kernel does not have built in.
  */
 export function loadModules(
   services: Services,
   command: RunCommand,
   kernel: { readonly path: string; readonly modules: string | undefined },
   wanted: ReadonlyArray<string>,
+  welcome: ReadonlyArray<string> = [],
 ) {
   return Effect.gen(function* () {
     // A kernel without a modules folder has what it needs built in, or says itself what it misses.
-    if (kernel.modules === undefined) return [] as LoadedModule[];
+    if (kernel.modules === undefined) return { loaded: [], missing: [] } as GuestModules;
     const optional = [
+      ...welcome,
       ...(command.rng === undefined ? [] : [RNG_DRIVER]),
       ...(command.nets.length === 0 ? [] : [IPV6]),
     ];
@@ -88,6 +96,7 @@ export function loadModules(
         message: `the kernel ${kernel.path} has no driver ${missing.join(", ")}: not built in, and not in ${kernel.modules}`,
       });
     }
-    return yield* Effect.forEach(resolved.files, readModule);
+    const loaded = yield* Effect.forEach(resolved.files, readModule);
+    return { loaded, missing: resolved.missing } as GuestModules;
   });
 }

@@ -7,7 +7,9 @@ import { readKernelImage } from "./boot/kernel-image.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
 import { enterStats, type Services } from "./devices.ts";
+import { type HostRoot, hostRootModules, isRootNamed, openHostRoot, rootName } from "./host-root.ts";
 import { type KvmGuest, startKvm } from "./hypervisor/kvm/kvm.ts";
+import type { MachineDevice } from "./hypervisor/kvm/machine.ts";
 import {
   givenKernel,
   type KvmKernel,
@@ -15,14 +17,13 @@ import {
   obtainKvmKernel,
 } from "./hypervisor/kvm-kernel.ts";
 import { RunError } from "./run-error.ts";
-import type { VirtioDevice } from "./virtio/device.ts";
+import { isRemote, type RemoteDevice, type VirtioDevice } from "./virtio/device.ts";
 import { countersOf } from "./virtio/queue-runner.ts";
 
 /** Finds a kernel and starts the guest on it. */
 export function startOnKvm(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
   return Effect.gen(function* () {
     const { opened, reporter } = services;
-    yield* checkRoot(command);
     const kernel = yield* obtainKernel(services, command);
     reporter.trace?.(`kernel ${kernel.path}, modules ${kernel.modules ?? "none"}`);
     const file = yield* read("the kernel", kernel.path);
@@ -30,7 +31,7 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       try: () => readKernelImage(file, kernel.path),
       catch: (error) => error as Error,
     });
-    const initrd = yield* obtainInitrd(services, command, kernel);
+    const { initrd, hostRoot } = yield* obtainInitrd(services, command, kernel);
     const exits = { ports: 0, memory: 0 };
     services.stats.push({ name: "cpus", queues: [], exits });
     const guest: KvmGuest = yield* startKvm({
@@ -42,11 +43,9 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       memoryMiB: command.memoryMiB,
       hugePages: command.hugePages,
       cpus: command.cpus ?? 1,
-      devices: devices.map((device) => {
-        const counters = countersOf(device, services.measured);
-        enterStats(services, device, counters);
-        return { device, counters };
-      }),
+      devices: [...devices, ...(hostRoot === undefined ? [] : [hostRoot.device])].map((device) =>
+        machineDevice(services, device),
+      ),
       exits,
       report: reporter.report,
       trace: reporter.trace,
@@ -57,14 +56,12 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
   });
 }
 
-/** The default guest's root is its initramfs here; another would be promised in vain. */
-function checkRoot({ root }: RunCommand): Effect.Effect<void, RunError> {
-  if (root.dir === "/" && !root.writable) return Effect.void;
-  return Effect.fail(
-    new RunError({
-      message: `--root=${root.dir}: on KVM the guest sees no host files yet; take --hypervisor=uml`,
-    }),
-  );
+/** What another process serves has nothing that could be counted here. */
+function machineDevice(services: Services, device: VirtioDevice | RemoteDevice): MachineDevice {
+  if (isRemote(device)) return { device, counters: [] };
+  const counters = countersOf(device, services.measured);
+  enterStats(services, device, counters);
+  return { device, counters };
 }
 
 const sinceStart = (): number => Math.round(performance.now());
@@ -82,14 +79,21 @@ const read = (what: string, path: string): Effect.Effect<Uint8Array, RunError> =
     catch: (error) => new RunError({ message: `cannot read ${what} ${path}: ${(error as Error).message}` }),
   });
 
+interface Initrd {
+  readonly initrd: Uint8Array | undefined;
+  /** The device that it mounts as the guest's root. */
+  readonly hostRoot?: HostRoot;
+}
+
 /**
  * What the user gives; else, for the default guest and for a kernel whose drivers are modules, our own. A kernel alone
  * gets none.
  */
 function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel) {
   return Effect.gen(function* () {
-    if (command.initrd !== undefined) return yield* read("the initrd", command.initrd);
-    if (command.kernel !== undefined && kernel.modules === undefined) return undefined;
+    if (command.initrd !== undefined) return { initrd: yield* read("the initrd", command.initrd) } as Initrd;
+    const isDefault = command.kernel === undefined;
+    if (!isDefault && kernel.modules === undefined) return { initrd: undefined } as Initrd;
     const wanted = [
       "virtio_pci",
       ...defaultGuestModules({
@@ -97,17 +101,45 @@ function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel
         network: command.nets.length > 0,
         overlay: false,
       }),
-      ...(command.kernel === undefined ? [] : DISK_FILE_SYSTEMS),
+      ...(isDefault ? [] : DISK_FILE_SYSTEMS),
     ];
-    const modules = yield* loadModules(services, command, kernel, wanted);
-    const config = guestConfig(command, initramfsRoot);
-    const busybox = command.kernel === undefined ? yield* readBusybox() : undefined;
-    return buildInitramfs({
+    const forRoot = isDefault ? hostRootModules(command) : [];
+    const { loaded, missing } = yield* loadModules(services, command, kernel, wanted, forRoot);
+    const hostRoot = isDefault
+      ? yield* obtainHostRoot(
+          services,
+          command,
+          kernel,
+          missing.filter((name) => forRoot.includes(name)),
+        )
+      : undefined;
+    const busybox = isDefault && hostRoot === undefined ? yield* readBusybox() : undefined;
+    const initrd = buildInitramfs({
       guestInit: fs.readFileSync(guestInitPath()),
-      modules,
-      config,
+      modules: loaded,
+      config: guestConfig(command, hostRoot?.root ?? initramfsRoot),
       ...(busybox === undefined ? {} : { busybox }),
     });
+    return { initrd, ...(hostRoot === undefined ? {} : { hostRoot }) } as Initrd;
+  });
+}
+
+/**
+ * The host's files as the default guest's root. A kernel without the drivers for it leaves the guest what is in its
+ * initramfs, unless the user named a folder.
+ */
+function obtainHostRoot(
+  services: Services,
+  command: RunCommand,
+  kernel: KvmKernel,
+  missing: readonly string[],
+) {
+  return Effect.gen(function* () {
+    if (missing.length === 0) return yield* openHostRoot(services, command);
+    const why = `the kernel ${kernel.path} has no driver ${missing.join(", ")}`;
+    if (isRootNamed(command)) return yield* new RunError({ message: `${rootName(command)}: ${why}` });
+    services.reporter.report(`${why}: the guest has no host files, only busybox`);
+    return undefined;
   });
 }
 

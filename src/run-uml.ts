@@ -79,7 +79,7 @@ function writeInitramfs(services: Services, runDir: string, kernel: UmlKernel, c
       network: command.nets.length > 0,
       overlay: !root.writable,
     });
-    const modules = yield* loadModules(services, command, kernel, wanted);
+    const { loaded: modules } = yield* loadModules(services, command, kernel, wanted);
     const config = guestConfig(command, hostfsRoot(resolve(root.dir), root.writable ? "rw" : "overlay"));
     const archive = buildInitramfs({ guestInit: fs.readFileSync(guestInitPath()), modules, config });
     const path = join(runDir, "initramfs");

@@ -40,6 +40,8 @@ export interface Probes {
   readonly ioUring: () => string | undefined;
   /** The User-Mode Linux kernel, looked for but not fetched. */
   readonly umlKernel: Effect.Effect<FoundKernel | undefined>;
+  /** Where virtiofsd is, and what hinders this user to use it. */
+  readonly virtiofsd: () => { readonly path: string | undefined; readonly hindrance: string | undefined };
 }
 
 /** The part of the process that doctor looks at, so that tests can stand in for it. */
@@ -80,6 +82,7 @@ export const diagnose = (probes: Probes, host: Host = thisHost()): Effect.Effect
       checkApt(kernel, host),
       checkKvm(host),
       checkHugePages(host),
+      checkVirtiofsd(probes.virtiofsd()),
       checkTap(host),
       checkBridge(host),
       checkPasst(host),
@@ -228,6 +231,19 @@ const checkKvm = (host: Host): Finding => {
       ? virtualisation
       : "Load the module: modprobe kvm_intel or kvm_amd. In a container, pass /dev/kvm in.";
   return not("missing", "kvm", found, remedy);
+};
+
+/** For the default guest on KVM. */
+const checkVirtiofsd = ({ path, hindrance }: ReturnType<Probes["virtiofsd"]>): Finding => {
+  if (path === undefined) {
+    return not(
+      "limited",
+      "virtiofsd",
+      "not found, so the default guest has no root on KVM",
+      "apt-get install qemu-system-common (Debian 12, Ubuntu 22.04), or apt-get install virtiofsd (newer)",
+    );
+  }
+  return hindrance === undefined ? ok("virtiofsd", path) : not("limited", "virtiofsd", path, hindrance);
 };
 
 /** For --memory-backend=hugepages. */

@@ -1,12 +1,18 @@
 /**
  * What a virtio device is to those who connect it to a guest: numbers, a configuration space, and one service
  * function per queue. A device cannot tell who its guest is, nor how it is reached.
+ *
+ * A remote device is one whose queues another process serves: it is told where they are.
  */
+import type * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
 import type { EventLoop } from "../loop/event-loop.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
+import type { QueueLayout } from "./split-queue.ts";
 
 /** Device ids (Virtual I/O Device 1.2, section 5). */
-export const DEVICE_ID = { NET: 1, BLOCK: 2, CONSOLE: 3, RNG: 4 } as const;
+export const DEVICE_ID = { NET: 1, BLOCK: 2, CONSOLE: 3, RNG: 4, FS: 26 } as const;
 
 /** A started queue, as its device sees it. */
 export interface QueuePort {
@@ -53,12 +59,13 @@ export interface QueueService {
   release(): void;
 }
 
-export interface VirtioDevice {
+/** What every device is to its driver, its queues aside. */
+export interface DeviceFace {
   /** "vda", say; for messages and statistics. */
   readonly name: string;
   /** One of DEVICE_ID. */
   readonly id: number;
-  /** The features of this device type that are offered; those of the queue are added by the transport. */
+  /** What is offered; see VirtioDevice and RemoteDevice. */
   readonly features: bigint;
   readonly queueCount: number;
   /** What a front-end is told that asks for the number of queues, where that is not queueCount. */
@@ -67,8 +74,44 @@ export interface VirtioDevice {
   config(): Uint8Array;
   /** The driver wrote to the configuration space. Bytes outside or read-only are ignored. */
   writeConfig(offset: number, bytes: Uint8Array): void;
-  /** A queue was started. */
-  openQueue(port: QueuePort): QueueService;
   /** The transport's wish to hear of configuration changes; one transport at a time. */
   onConfigChange: (() => void) | undefined;
 }
+
+/** `features` are those of the device type; those of the queue are added by the transport. */
+export interface VirtioDevice extends DeviceFace {
+  /** A queue was started. */
+  openQueue(port: QueuePort): QueueService;
+}
+
+/** A started queue, as the process that serves it has to know it. */
+export interface RemoteQueueStart {
+  readonly index: number;
+  /** Guest-physical addresses, which were checked. */
+  readonly layout: QueueLayout;
+  /** Eventfds: the driver's kicks, and what becomes the guest's interrupt. They stay the caller's. */
+  readonly kickFd: number;
+  readonly callFd: number;
+}
+
+/** A device that cannot be had; the message says which and why. */
+export interface RemoteDeviceError {
+  readonly message: string;
+}
+
+/** `features` are all that is offered, those of the queue among them; they are known when it is attached. */
+export interface RemoteDevice extends DeviceFace {
+  /** Connects the device to a guest's memory, which is the file `fd`; until the scope ends. */
+  attach(fd: number, memory: GuestMemory): Effect.Effect<void, RemoteDeviceError, Scope.Scope>;
+  /** Where that fails the device is gone. */
+  startQueue(start: RemoteQueueStart): Effect.Effect<void>;
+  /** When it is done nobody uses the queue any more, and its eventfds may be closed. */
+  stopQueue(index: number): Effect.Effect<void>;
+  /**
+   * The transport's wish to hear that the device is gone until it is attached again: when that happens, and when a queue
+   * is started all the same.
+   */
+  onGone: ((message: string) => void) | undefined;
+}
+
+export const isRemote = (device: VirtioDevice | RemoteDevice): device is RemoteDevice => "attach" in device;

@@ -9,7 +9,12 @@
  * reading the guest's suppression words after used.idx was published.
  */
 import * as Data from "effect/Data";
-import { type GuestMemory, type MemoryRegion, WINDOW_BYTES } from "../memory/guest-memory.ts";
+import {
+  type GuestMemory,
+  type MemoryRegion,
+  type MemoryView,
+  WINDOW_BYTES,
+} from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
 import { VirtqueueFault } from "./fault.ts";
 import { F_EVENT_IDX, F_INDIRECT_DESC, F_NOTIFY_ON_EMPTY, has } from "./features.ts";
@@ -89,18 +94,11 @@ export class SplitQueue {
   /** @throws QueueSetupError when size, alignment or place of the rings break the rules */
   constructor(memory: GuestMemory, layout: QueueLayout) {
     const { name, size } = layout;
-    if (!Number.isInteger(size) || size < 1 || size > QUEUE_SIZE_MAX || (size & (size - 1)) !== 0) {
-      throw new QueueSetupError({
-        message: `${name}: queue size ${size} is not a power of two from 1 to 32768`,
-      });
-    }
+    const { descriptors, available, used } = ringViews(memory, layout);
     this.name = name;
     this.size = size;
     this.#memory = memory;
     this.#mask = size - 1;
-    const descriptors = ring(memory, name, "descriptor table", layout.descriptors, DESC_BYTES * size, 16);
-    const available = ring(memory, name, "available ring", layout.available, 6 + 2 * size, 2);
-    const used = ring(memory, name, "used ring", layout.used, 6 + 8 * size, 4);
     this.#descriptors = new Uint32Array(descriptors.buffer, descriptors.byteOffset, 4 * size);
     this.#available = new Uint16Array(available.buffer, available.byteOffset, 3 + size);
     this.#used = new Uint16Array(used.buffer, used.byteOffset, 3 + 4 * size);
@@ -422,6 +420,27 @@ export class SplitQueue {
   #fault(reason: string): VirtqueueFault {
     return new VirtqueueFault({ queue: this.name, reason });
   }
+}
+
+/**
+ * Checks what the driver said about the three parts of a queue and makes their views.
+ *
+ * @throws QueueSetupError when size, alignment or place break the rules
+ */
+export function ringViews(
+  memory: GuestMemory,
+  { name, size, descriptors, available, used }: QueueLayout,
+): Record<"descriptors" | "available" | "used", MemoryView> {
+  if (!Number.isInteger(size) || size < 1 || size > QUEUE_SIZE_MAX || (size & (size - 1)) !== 0) {
+    throw new QueueSetupError({
+      message: `${name}: queue size ${size} is not a power of two from 1 to 32768`,
+    });
+  }
+  return {
+    descriptors: ring(memory, name, "descriptor table", descriptors, DESC_BYTES * size, 16),
+    available: ring(memory, name, "available ring", available, 6 + 2 * size, 2),
+    used: ring(memory, name, "used ring", used, 6 + 8 * size, 4),
+  };
 }
 
 /** Checks the place of a ring and makes its view. */

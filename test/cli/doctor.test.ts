@@ -14,7 +14,11 @@ import {
 
 const kernel: FoundKernel = { path: "/usr/bin/linux.uml", version: "6.1.176" };
 
-const probes: Probes = { ioUring: () => undefined, umlKernel: Effect.succeed(kernel) };
+const probes: Probes = {
+  ioUring: () => undefined,
+  umlKernel: Effect.succeed(kernel),
+  virtiofsd: () => ({ path: "/usr/libexec/virtiofsd", hindrance: undefined }),
+};
 const noKernel: Probes = { ...probes, umlKernel: Effect.sync(() => undefined) };
 
 const mountinfo = (options: string): string =>
@@ -141,6 +145,16 @@ test("a network card without privilege needs passt", (t) => {
   t.is(finding("passt", host()).found, "/usr/bin/passt");
   const without = finding("passt", host({ which: () => undefined }));
   t.regex(without.remedy ?? "", /apt-get install passt/);
+});
+
+test("the default guest's root on KVM needs virtiofsd, and a user who may use it", (t) => {
+  t.is(finding("virtiofsd", host()).found, "/usr/libexec/virtiofsd");
+  const missing = { ...probes, virtiofsd: () => ({ path: undefined, hindrance: undefined }) };
+  const { status, remedy } = finding("virtiofsd", host(), missing);
+  t.is(status, "limited");
+  t.regex(remedy ?? "", /apt-get install qemu-system-common/);
+  const hindered = { ...probes, virtiofsd: () => ({ path: "/v", hindrance: "the user's groups" }) };
+  t.is(finding("virtiofsd", host(), hindered).remedy, "the user's groups");
 });
 
 test("huge pages are reserved beforehand", (t) => {

@@ -17,7 +17,7 @@ import { GuestMemory, MemoryRegion } from "../../memory/guest-memory.ts";
 import { check, native } from "../../native.ts";
 import { PCI_PORT, PCI_PORTS, PciRoot } from "../../transport/pci/root.ts";
 import { BAR_BYTES, VirtioPci } from "../../transport/pci/virtio-pci.ts";
-import type { VirtioDevice } from "../../virtio/device.ts";
+import { isRemote, type RemoteDevice, type VirtioDevice } from "../../virtio/device.ts";
 import type { QueueCounters } from "../../virtio/queue-runner.ts";
 import { Bus, written } from "./bus.ts";
 import { type CpuEntry, setEntry, setLocalInterrupts, setMsrs } from "./cpu-state.ts";
@@ -63,8 +63,8 @@ export type MachineEnd =
   | { readonly kind: "stopped"; readonly message: string };
 
 export interface MachineDevice {
-  readonly device: VirtioDevice;
-  /** One for each queue; they outlive the machine. */
+  readonly device: VirtioDevice | RemoteDevice;
+  /** One for each queue that this process serves; they outlive the machine. */
   readonly counters: readonly QueueCounters[];
 }
 
@@ -92,8 +92,13 @@ export interface Machine {
 /** Makes a machine and lets it run. Fails with one line where KVM, the memory or the kernel do not allow it. */
 export function runMachine(options: MachineOptions): Effect.Effect<Machine, Error, Scope.Scope> {
   return Effect.gen(function* () {
+    const bytes = options.memoryMiB * 2 ** 20;
+    const memoryFile = yield* acquire(
+      () => openMemoryFile(bytes, options.hugePages ?? false),
+      (fd) => Effect.sync(() => native.close(fd)),
+    );
     const memory = yield* acquire(
-      () => openMemory(options.memoryMiB, options.hugePages ?? false),
+      () => mapMemory(memoryFile, bytes),
       (one) => Effect.sync(() => one.close()),
     );
     const vm = yield* acquire(
@@ -110,7 +115,7 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
       options.trace?.(`the machine ends: ${how.kind === "stopped" ? how.message : how.kind}`);
       Deferred.doneUnsafe(end, Effect.succeed(how));
     };
-    const root = yield* plugDevices(options, vm, memory);
+    const root = yield* plugDevices(options, vm, memory, memoryFile);
     const serial = yield* openSerial(options, vm);
     const buses = wire(root, serial, stopped);
     const vcpus = yield* acquire(
@@ -126,15 +131,15 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
   });
 }
 
+const asError = ({ message }: { readonly message: string }): Error => new Error(message);
+
 const attempt = <A>(body: () => A): Effect.Effect<A, Error> =>
   Effect.try({ try: body, catch: (error) => error as Error });
 
 const acquire = <A>(make: () => A, release: (one: A) => Effect.Effect<void>) =>
   Effect.acquireRelease(attempt(make), release);
 
-function openMemory(memoryMiB: number, hugePages: boolean): GuestMemory {
-  const bytes = memoryMiB * 2 ** 20;
-  const fd = openMemoryFile(bytes, hugePages);
+function mapMemory(fd: number, bytes: number): GuestMemory {
   const regions: MemoryRegion[] = [];
   try {
     let fileOffset = 0;
@@ -153,8 +158,6 @@ function openMemory(memoryMiB: number, hugePages: boolean): GuestMemory {
   } catch (error) {
     for (const region of regions) region.close();
     throw error;
-  } finally {
-    native.close(fd);
   }
 }
 
@@ -178,10 +181,16 @@ export function freeHugeBytes(meminfo: string): number {
   return (number("HugePages_Free") - number("HugePages_Rsvd")) * number("Hugepagesize") * 1024;
 }
 
-function plugDevices({ loop, devices, report, trace }: MachineOptions, vm: Vm, memory: GuestMemory) {
+function plugDevices(
+  { loop, devices, report, trace }: MachineOptions,
+  vm: Vm,
+  memory: GuestMemory,
+  memoryFile: number,
+) {
   return Effect.gen(function* () {
     const root = new PciRoot();
     for (const [i, { device, counters }] of devices.entries()) {
+      if (isRemote(device)) yield* Effect.mapError(device.attach(memoryFile, memory), asError);
       const barAddress = BARS + i * BAR_BYTES;
       const parts = { loop, host: vm, memory, device, counters, barAddress, report, trace };
       const one = yield* acquire(

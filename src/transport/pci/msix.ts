@@ -1,6 +1,10 @@
 /**
  * MSI-X (PCI Local Bus 3.0, 6.8.2): a table of messages in the function's memory, each with an eventfd that the kernel
  * turns into its message. What is raised while it is masked is remembered and sent later.
+ *
+ * Eventfds of others can be bound to a vector, too, and are signalled past us. While the vector is masked they are not
+ * connected: what is signalled then stays in them, and the kernel finds it when they are connected again. Only the
+ * pending bit does not tell of it.
  */
 import { check, native } from "../../native.ts";
 import type { PciHost } from "./host.ts";
@@ -19,6 +23,9 @@ interface Vector {
   readonly gsi: number;
   /** -1 until the guest has unmasked the entry for the first time. */
   fd: number;
+  /** Eventfds of others. */
+  readonly bound: Set<number>;
+  isConnected: boolean;
 }
 
 export class Msix {
@@ -33,7 +40,12 @@ export class Msix {
     this.#host = host;
     this.#table = new Uint32Array(count * ENTRY_WORDS);
     this.#pending = new Uint32Array(Math.ceil(count / 32));
-    this.#vectors = Array.from({ length: count }, () => ({ gsi: host.claimRoute(), fd: -1 }));
+    this.#vectors = Array.from({ length: count }, () => ({
+      gsi: host.claimRoute(),
+      fd: -1,
+      bound: new Set(),
+      isConnected: false,
+    }));
     this.reset();
   }
 
@@ -81,25 +93,51 @@ export class Msix {
     return this.#allMasked || (this.#table[vector * ENTRY_WORDS + CONTROL] & MASKED) !== 0;
   }
 
-  /** Tells the kernel of an entry that can be raised now, and raises what has waited for that. */
-  #refresh(vector: number): void {
-    if (!this.#enabled || this.#isMasked(vector)) return;
-    const at = vector * ENTRY_WORDS;
+  /** From now on a signal to this eventfd is the vector's interrupt; with a vector that there is not, nothing. */
+  bind(vector: number, fd: number): void {
+    if (vector >= this.count) return;
     const one = this.#vectors[vector];
+    one.bound.add(fd);
+    if (one.isConnected) this.#host.connectInterrupt(one.gsi, fd);
+    else this.#refresh(vector);
+  }
+
+  unbind(vector: number, fd: number): void {
+    if (vector >= this.count) return;
+    const one = this.#vectors[vector];
+    if (one.bound.delete(fd) && one.isConnected) this.#host.disconnectInterrupt(one.gsi, fd);
+  }
+
+  /** Tells the kernel of an entry that can be raised now, or no more, and raises what has waited for that. */
+  #refresh(vector: number): void {
+    const one = this.#vectors[vector];
+    if (!this.#enabled || this.#isMasked(vector)) {
+      this.#disconnect(one);
+      return;
+    }
+    const at = vector * ENTRY_WORDS;
     const address = this.#table[at] + this.#table[at + 1] * 2 ** 32;
     if (!this.#host.setRoute(one.gsi, address, this.#table[at + DATA])) return;
     if (one.fd < 0) {
       one.fd = check(native.eventfd(), "eventfd");
       this.#host.connectInterrupt(one.gsi, one.fd);
     }
+    if (!one.isConnected) for (const fd of one.bound) this.#host.connectInterrupt(one.gsi, fd);
+    one.isConnected = true;
     const bit = 1 << (vector & 31);
     if ((this.#pending[vector >> 5] & bit) === 0) return;
     this.#pending[vector >> 5] &= ~bit;
     native.signal(one.fd);
   }
 
+  #disconnect(one: Vector): void {
+    if (one.isConnected) for (const fd of one.bound) this.#host.disconnectInterrupt(one.gsi, fd);
+    one.isConnected = false;
+  }
+
   close(): void {
     for (const one of this.#vectors) {
+      this.#disconnect(one);
       if (one.fd < 0) continue;
       this.#host.disconnectInterrupt(one.gsi, one.fd);
       native.close(one.fd);

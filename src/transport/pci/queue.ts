@@ -3,11 +3,13 @@ import * as Effect from "effect/Effect";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestMemory } from "../../memory/guest-memory.ts";
 import { check, native } from "../../native.ts";
-import type { VirtioDevice } from "../../virtio/device.ts";
+import { isRemote, type RemoteDevice, type VirtioDevice } from "../../virtio/device.ts";
 import { KickedQueue } from "../../virtio/kicked-queue.ts";
-import type { QueueCounters } from "../../virtio/queue-runner.ts";
-import { QueueSetupError } from "../../virtio/split-queue.ts";
+import { noCounters, type QueueCounters } from "../../virtio/queue-runner.ts";
+import { RemoteQueue } from "../../virtio/remote-queue.ts";
+import { type QueueLayout, QueueSetupError } from "../../virtio/split-queue.ts";
 import type { PciHost } from "./host.ts";
+import type { Msix } from "./msix.ts";
 
 /** Entries that are offered; the driver may take fewer. */
 const QUEUE_SIZE = 256;
@@ -16,17 +18,25 @@ const NO_VECTOR = 0xffff;
 export interface PciQueueParts {
   readonly loop: EventLoop;
   readonly host: PciHost;
+  readonly msix: Msix;
   readonly memory: GuestMemory;
-  readonly device: VirtioDevice;
+  readonly device: VirtioDevice | RemoteDevice;
   readonly index: number;
-  readonly counter: QueueCounters;
+  /** What is counted in; a queue that another process serves has none. */
+  readonly counter: QueueCounters | undefined;
+}
+
+/** A queue at work, here or in another process. */
+interface StartedQueue {
+  kick(): void;
+  readonly stop: Effect.Effect<unknown>;
 }
 
 export class PciQueue {
   readonly index: number;
   size = QUEUE_SIZE;
-  vector = NO_VECTOR;
   enabled = false;
+  #vector = NO_VECTOR;
 
   readonly #parts: PciQueueParts;
   readonly #name: string;
@@ -36,7 +46,9 @@ export class PciQueue {
   readonly #addresses = new Uint32Array(6);
   #kickFd = -1;
   #watchedAt: number | undefined;
-  #queue: KickedQueue | undefined;
+  /** What a process that serves the queue interrupts by: the kernel makes the vector's message of it. */
+  #callFd = -1;
+  #queue: StartedQueue | undefined;
 
   constructor(parts: PciQueueParts, raise: (queue: PciQueue) => void, onFault: (message: string) => void) {
     this.#parts = parts;
@@ -48,6 +60,17 @@ export class PciQueue {
 
   get isStarted(): boolean {
     return this.#queue !== undefined;
+  }
+
+  get vector(): number {
+    return this.#vector;
+  }
+
+  set vector(vector: number) {
+    const { msix } = this.#parts;
+    if (this.#callFd >= 0) msix.unbind(this.#vector, this.#callFd);
+    this.#vector = vector;
+    if (this.#callFd >= 0) msix.bind(vector, this.#callFd);
   }
 
   addressWord(i: number): number {
@@ -66,7 +89,6 @@ export class PciQueue {
   /** Starts to work; the result is a problem for the user to know, or undefined. */
   start(features: bigint, kickAddress: number | undefined): string | undefined {
     if (this.#queue !== undefined) return undefined;
-    const { loop, device, memory, counter } = this.#parts;
     if (this.#kickFd < 0) this.#kickFd = check(native.eventfd(), "eventfd");
     const layout = {
       name: this.#name,
@@ -77,17 +99,31 @@ export class PciQueue {
       features,
       nextAvailable: 0,
     };
-    const start = { index: this.index, memory, notify: this.#notify, counters: counter, layout };
+    const { device } = this.#parts;
     try {
-      this.#queue = new KickedQueue(loop, device, start, this.#kickFd, (fault) =>
-        this.#onFault(fault.message),
-      );
+      this.#queue = isRemote(device) ? this.#startRemote(device, layout) : this.#startHere(device, layout);
     } catch (error) {
       if (error instanceof QueueSetupError) return error.message;
       throw error;
     }
     this.watchKicksAt(kickAddress);
     return undefined;
+  }
+
+  #startHere(device: VirtioDevice, layout: QueueLayout): KickedQueue {
+    const { loop, memory, counter = noCounters() } = this.#parts;
+    const start = { index: this.index, memory, notify: this.#notify, counters: counter, layout };
+    return new KickedQueue(loop, device, start, this.#kickFd, (fault) => this.#onFault(fault.message));
+  }
+
+  #startRemote(device: RemoteDevice, layout: QueueLayout): RemoteQueue {
+    const { loop, memory, msix } = this.#parts;
+    if (this.#callFd < 0) {
+      this.#callFd = check(native.eventfd(), "eventfd");
+      msix.bind(this.#vector, this.#callFd);
+    }
+    const start = { index: this.index, layout, kickFd: this.#kickFd, callFd: this.#callFd };
+    return new RemoteQueue(loop, device, memory, start);
   }
 
   /** Addresses of 2^53 and more are in no memory, exact or not. */
@@ -125,7 +161,9 @@ export class PciQueue {
   }
 
   close(): void {
-    if (this.#kickFd >= 0) native.close(this.#kickFd);
+    this.vector = NO_VECTOR;
+    for (const fd of [this.#kickFd, this.#callFd]) if (fd >= 0) native.close(fd);
     this.#kickFd = -1;
+    this.#callFd = -1;
   }
 }

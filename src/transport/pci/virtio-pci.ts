@@ -9,7 +9,7 @@ import * as Semaphore from "effect/Semaphore";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestMemory } from "../../memory/guest-memory.ts";
 
-import { DEVICE_ID, type VirtioDevice } from "../../virtio/device.ts";
+import { DEVICE_ID, isRemote, type RemoteDevice, type VirtioDevice } from "../../virtio/device.ts";
 import { F_NOTIFY_ON_EMPTY, F_VERSION_1, has, listBits, QUEUE_FEATURES } from "../../virtio/features.ts";
 import type { QueueCounters } from "../../virtio/queue-runner.ts";
 import { COMMAND_MEMORY, CONFIG, ConfigSpace } from "./config-space.ts";
@@ -76,7 +76,8 @@ export interface VirtioPciOptions {
   readonly loop: EventLoop;
   readonly host: PciHost;
   readonly memory: GuestMemory;
-  readonly device: VirtioDevice;
+  readonly device: VirtioDevice | RemoteDevice;
+  /** One for each queue that this process serves. */
   readonly counters: readonly QueueCounters[];
   /** Where its BAR stands until the guest moves it. */
   readonly barAddress: number;
@@ -87,7 +88,7 @@ export interface VirtioPciOptions {
 export class VirtioPci implements PciFunction {
   readonly barBytes = BAR_BYTES;
   readonly #options: VirtioPciOptions;
-  readonly #device: VirtioDevice;
+  readonly #device: VirtioDevice | RemoteDevice;
   readonly #config: ConfigSpace;
   readonly #msix: Msix;
   readonly #queues: PciQueue[];
@@ -118,9 +119,15 @@ export class VirtioPci implements PciFunction {
       revision: 1,
     });
     this.#msix = new Msix(host, device.queueCount + 1);
-    this.#queues = counters.map(
-      (counter, index) =>
-        new PciQueue({ loop, host, memory, device, index, counter }, this.#raiseQueue, this.#onFault),
+    const msix = this.#msix;
+    this.#queues = Array.from(
+      { length: device.queueCount },
+      (_, index) =>
+        new PciQueue(
+          { loop, host, msix, memory, device, index, counter: counters[index] },
+          this.#raiseQueue,
+          this.#onFault,
+        ),
     );
     const { view } = this.#config;
     view.setUint16(CONFIG.SUBSYSTEM_VENDOR, 0x1af4, true);
@@ -131,6 +138,7 @@ export class VirtioPci implements PciFunction {
     this.#pciCapability = this.#addVirtioCapability(CFG.PCI, 0, 0, 4);
     this.#msixCapability = this.#addMsixCapability();
     device.onConfigChange = this.#onConfigChange;
+    if (isRemote(device)) device.onGone = (message) => this.#break(message, "until the guest reboots");
   }
 
   #addCapabilities(): void {
@@ -286,6 +294,7 @@ export class VirtioPci implements PciFunction {
   // ---- common configuration ----
 
   get #offered(): bigint {
+    if (isRemote(this.#device)) return this.#device.features;
     // The transport is not the legacy one, and neither is what it offers.
     return this.#device.features | (QUEUE_FEATURES & ~F_NOTIFY_ON_EMPTY);
   }
@@ -434,10 +443,10 @@ export class VirtioPci implements PciFunction {
 
   readonly #onFault = (message: string): void => this.#break(message);
 
-  /** The guest broke a rule: the device stops until it is reset (2.1.2). */
-  #break(message: string): void {
+  /** The guest broke a rule, and the device stops until it is reset (2.1.2); or who serves it is gone. */
+  #break(message: string, until = "until the guest resets it"): void {
     if ((this.#status & STATUS_NEEDS_RESET) !== 0) return;
-    this.#options.report(`${message}; ${this.#device.name} is stopped until the guest resets it`);
+    this.#options.report(`${message}; ${this.#device.name} is stopped ${until}`);
     this.#status |= STATUS_NEEDS_RESET;
     this.#onConfigChange();
     this.#run(this.#stopQueues);
@@ -484,6 +493,7 @@ export class VirtioPci implements PciFunction {
   /** Stops the device and gives back what it holds; the machine it was part of is gone. */
   readonly close: Effect.Effect<void> = Effect.suspend(() => {
     this.#device.onConfigChange = undefined;
+    if (isRemote(this.#device)) this.#device.onGone = undefined;
     return this.#stopQueues.pipe(
       Effect.andThen(
         Effect.sync(() => {

@@ -5,7 +5,7 @@ import type { GuestMemory } from "../../../src/memory/guest-memory.ts";
 import type { PciHost } from "../../../src/transport/pci/host.ts";
 import { PciRoot } from "../../../src/transport/pci/root.ts";
 import { BAR_BYTES, VirtioPci } from "../../../src/transport/pci/virtio-pci.ts";
-import type { VirtioDevice } from "../../../src/virtio/device.ts";
+import { isRemote, type RemoteDevice, type VirtioDevice } from "../../../src/virtio/device.ts";
 import { noCounters } from "../../../src/virtio/queue-runner.ts";
 import type { QueueLayout } from "../../../src/virtio/split-queue.ts";
 
@@ -13,7 +13,7 @@ import type { QueueLayout } from "../../../src/virtio/split-queue.ts";
 export class NotingHost implements PciHost {
   readonly routes: Array<{ address: number; data: number } | undefined> = [];
   /** Eventfds of interrupts, by number. */
-  readonly interrupts = new Map<number, number>();
+  readonly interrupts = new Map<number, Set<number>>();
   /** Eventfds of kicks, by address. */
   readonly kicks = new Map<number, number>();
   canWatch = true;
@@ -39,25 +39,33 @@ export class NotingHost implements PciHost {
   }
 
   connectInterrupt(gsi: number, fd: number): void {
-    this.interrupts.set(gsi, fd);
+    const fds = this.interrupts.get(gsi) ?? new Set();
+    this.interrupts.set(gsi, fds.add(fd));
   }
 
-  disconnectInterrupt(gsi: number): void {
-    this.interrupts.delete(gsi);
+  disconnectInterrupt(gsi: number, fd: number): void {
+    const fds = this.interrupts.get(gsi);
+    fds?.delete(fd);
+    if (fds?.size === 0) this.interrupts.delete(gsi);
   }
 
-  /** How often the vector was raised since the last question: what stands in its eventfd. */
+  /** How often the vector was raised since the last question: what stands in its eventfds. */
   raised(gsi: number): number {
-    const fd = this.interrupts.get(gsi);
-    if (fd === undefined) return 0;
-    const count = new BigUint64Array(1);
-    try {
-      fs.readSync(fd, count);
-    } catch {
-      return 0;
-    }
-    return Number(count[0]);
+    let sum = 0;
+    for (const fd of this.interrupts.get(gsi) ?? []) sum += takeCount(fd);
+    return sum;
   }
+}
+
+/** What stands in an eventfd, and is taken out of it. */
+export function takeCount(fd: number): number {
+  const count = new BigUint64Array(1);
+  try {
+    fs.readSync(fd, count);
+  } catch {
+    return 0;
+  }
+  return Number(count[0]);
 }
 
 export const BAR = 0xd0000000;
@@ -99,7 +107,7 @@ export class PciDriver {
   readonly barAddress: number;
 
   /** @param beside the driver of the device before it on the same bus; without one the bus is new */
-  constructor(loop: EventLoop, device: VirtioDevice, memory: GuestMemory, beside?: PciDriver) {
+  constructor(loop: EventLoop, device: VirtioDevice | RemoteDevice, memory: GuestMemory, beside?: PciDriver) {
     this.host = beside?.host ?? new NotingHost();
     this.root = beside?.root ?? new PciRoot();
     this.slot = (beside?.slot ?? 0) + 1;
@@ -109,7 +117,7 @@ export class PciDriver {
       host: this.host,
       memory,
       device,
-      counters: Array.from({ length: device.queueCount }, noCounters),
+      counters: Array.from({ length: isRemote(device) ? 0 : device.queueCount }, noCounters),
       barAddress: this.barAddress,
       report: (line) => void this.reports.push(line),
       trace: undefined,

@@ -1,0 +1,57 @@
+/** The default guest's root on KVM: a folder of this host's, which virtiofsd serves as a virtio file system. */
+import { resolve } from "node:path";
+import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
+import type { GuestRoot } from "./boot/initramfs.ts";
+import type { RunCommand } from "./cli/command-line.ts";
+import { checkRoot } from "./default-guest.ts";
+import { FS_QUEUES, fsConfig } from "./device/fs.ts";
+import { openVirtiofsd, type VirtiofsdError } from "./device/virtiofsd.ts";
+import type { Services } from "./devices.ts";
+import type { RunError } from "./run-error.ts";
+import { VhostUserDevice } from "./transport/vhost-user/remote-device.ts";
+import { DEVICE_ID, type RemoteDevice } from "./virtio/device.ts";
+
+/** What the guest mounts by. */
+const TAG = "loopguest";
+
+/** The modules that it takes, beside the driver of the bus. */
+export const hostRootModules = ({ root }: RunCommand): readonly string[] =>
+  root.writable ? ["virtiofs"] : ["virtiofs", "overlay"];
+
+export interface HostRoot {
+  readonly device: RemoteDevice;
+  readonly root: GuestRoot;
+}
+
+/** Whether the user has named a folder, or a way to use it. */
+export const isRootNamed = ({ root }: RunCommand): boolean => root.dir !== "/" || root.writable;
+
+/** How messages call it. */
+export const rootName = (command: RunCommand): string =>
+  isRootNamed(command)
+    ? `--root=${command.root.dir}${command.root.writable ? ",rw" : ""}`
+    : "the default guest's root";
+
+export function openHostRoot(
+  { opened, reporter }: Services,
+  command: RunCommand,
+): Effect.Effect<HostRoot, VirtiofsdError | RunError, Scope.Scope> {
+  return Effect.gen(function* () {
+    yield* checkRoot(command);
+    const dir = resolve(command.root.dir);
+    const what = rootName(command);
+    const virtiofsd = yield* openVirtiofsd({ what, dir, trace: reporter.trace });
+    const device = new VhostUserDevice({
+      loop: opened.loop,
+      name: "root",
+      id: DEVICE_ID.FS,
+      queueCount: FS_QUEUES,
+      config: fsConfig(TAG),
+      peer: `${what}: virtiofsd`,
+      connect: virtiofsd.start,
+    });
+    const access = command.root.writable ? "rw" : "overlay";
+    return { device, root: { fstype: "virtiofs", source: TAG, access, name: dir } };
+  });
+}
