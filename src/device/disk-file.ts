@@ -4,6 +4,7 @@ import { basename } from "node:path";
 import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
+import type { FileHandle } from "../loop/completion-queue.ts";
 import type { EventLoop } from "../loop/event-loop.ts";
 import { check, ERRNO, native } from "../native.ts";
 
@@ -40,9 +41,9 @@ export interface DiskFile {
   readonly file: string;
   /** The last part of the file's name, for GET_ID. */
   readonly label: string;
-  readonly fd: number;
+  readonly fd: FileHandle;
   /** Opened with O_DIRECT: for requests aligned to `directAlignment` in address, offset and length. */
-  readonly directFd: number | undefined;
+  readonly directFd: FileHandle | undefined;
   readonly directAlignment: number;
   readonly readonly: boolean;
   /** Whole sectors of 512 bytes. */
@@ -81,8 +82,8 @@ export function openDisk(
     return {
       file,
       label: basename(file),
-      fd,
-      directFd,
+      fd: yield* keep(loop, fd),
+      directFd: directFd === undefined ? undefined : yield* keep(loop, directFd),
       directAlignment: DIRECT_ALIGNMENT_BYTES,
       readonly,
       sectors,
@@ -91,6 +92,14 @@ export function openDisk(
       canZeroRanges: yield* can(FALLOC_ZERO_RANGE),
     };
   });
+}
+
+/** What the requests' operations are given in place of the descriptor. */
+function keep(loop: EventLoop, fd: number): Effect.Effect<FileHandle, never, Scope.Scope> {
+  return Effect.acquireRelease(
+    Effect.sync(() => loop.queue.keepFile(fd)),
+    (handle) => Effect.sync(() => loop.queue.forgetFile(handle)),
+  );
 }
 
 /** Nobody is left to tell of an error: a guest that cares has flushed and was told. */

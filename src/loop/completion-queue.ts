@@ -18,6 +18,9 @@ export type Slot = number;
 /** @param result the operation's result, or -errno @param more further completions of a multishot follow */
 export type CompletionHandler = (result: number, more: boolean) => void;
 
+/** What operations on a file are given: its descriptor, or what keepFile made of it. */
+export type FileHandle = number;
+
 export const POLL_IN = 0x001;
 export const POLL_OUT = 0x004;
 export const POLL_HUP = 0x010;
@@ -48,6 +51,13 @@ export interface CompletionQueue {
   release(slot: Slot): void;
   /** Whether an operation of this slot has not yet completed. */
   isBusy(slot: Slot): boolean;
+
+  /**
+   * For a file with many operations: they cost less on the handle, where the queue can keep the file at hand, else the
+   * handle is the descriptor. Before the descriptor is closed, and with no operation in flight: forgetFile.
+   */
+  keepFile(fd: number): FileHandle;
+  forgetFile(handle: FileHandle): void;
 
   /** Addresses are host addresses; lengths and offsets bytes. The memory stays valid until the completion. */
   read(slot: Slot, fd: number, address: number, length: number, offset: number): void;

@@ -15,6 +15,7 @@ import { CONTROL, ERRNO, errnoName, native, type Place } from "../native.ts";
 import {
   type CompletionHandler,
   type CompletionQueue,
+  type FileHandle,
   NO_OFFSET,
   POLL_IN,
   POLL_OUT,
@@ -146,6 +147,13 @@ export class EpollQueue implements CompletionQueue {
     this.#mappings.push(mapping);
     return mapping;
   }
+
+  /** There is nothing to gain here. */
+  keepFile(fd: number): FileHandle {
+    return fd;
+  }
+
+  forgetFile(): void {}
 
   claim(handler: CompletionHandler): Slot {
     const slot = this.#free.pop() ?? this.#handlers.length;

@@ -8,7 +8,13 @@
  */
 import * as Data from "effect/Data";
 import { CONTROL, ERRNO, errnoName, native } from "../native.ts";
-import type { CompletionHandler, CompletionQueue, QueueCounters, Slot } from "./completion-queue.ts";
+import type {
+  CompletionHandler,
+  CompletionQueue,
+  FileHandle,
+  QueueCounters,
+  Slot,
+} from "./completion-queue.ts";
 
 const SETUP_CQSIZE = 1 << 3;
 const SETUP_SUBMIT_ALL = 1 << 7;
@@ -16,6 +22,7 @@ const SETUP_COOP_TASKRUN = 1 << 8;
 const SETUP_TASKRUN_FLAG = 1 << 9;
 const SETUP_SINGLE_ISSUER = 1 << 12;
 const SETUP_DEFER_TASKRUN = 1 << 13;
+const SETUP_NO_SQARRAY = 1 << 16;
 
 const FEAT_SINGLE_MMAP = 1 << 0;
 const FEAT_NODROP = 1 << 1;
@@ -30,6 +37,18 @@ const SQ_CQ_OVERFLOW = 1 << 1;
 const SQ_TASKRUN = 1 << 2;
 
 const CQE_F_MORE = 1 << 1;
+
+/** IOSQE_FIXED_FILE, in the second byte of an SQE. */
+const SQE_FIXED_FILE = 1 << 8;
+
+const REGISTER_FILES_UPDATE = 6;
+const REGISTER_FILES2 = 13;
+const RSRC_REGISTER_SPARSE = 1;
+
+/** Files that the kernel keeps at hand for us: two for each of 64 disks. */
+const KEPT_FILES_MAX = 128;
+/** A kept file's handle is its place in the kernel's table above this: no descriptor is so large (fs.nr_open). */
+const KEPT_FILE = 1 << 30;
 
 const OP = {
   READV: 1,
@@ -95,6 +114,7 @@ const IS_32_BIT = process.arch === "ia32" || process.arch === "arm";
 /** Opens a ring with the best flags that this kernel knows. */
 function openRing(): RingFile {
   const wishes = [
+    SETUP_NO_SQARRAY | SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG | SETUP_SUBMIT_ALL, // 6.6
     SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG | SETUP_SUBMIT_ALL, // 6.1
     SETUP_COOP_TASKRUN | SETUP_TASKRUN_FLAG | SETUP_SUBMIT_ALL, // 5.19
     0,
@@ -156,6 +176,11 @@ export class IoUring implements CompletionQueue {
   /** Where an operation goes while the kernel's ring is full: whole SQEs, oldest first. */
   #backlog: Uint32Array[] = [];
 
+  /** What io_uring_register reads: words, and their address. */
+  readonly #registration: { readonly words: Int32Array; readonly address: number };
+  /** Free places in the kernel's table of files; none where it has no such table. */
+  readonly #freeFiles: number[] = [];
+
   readonly #handlers: CompletionHandler[] = [];
   /** Per slot: IDLE, BUSY or WORKING. */
   readonly #busy: number[] = [];
@@ -200,8 +225,12 @@ export class IoUring implements CompletionQueue {
     this.#cqMask = cqEntries - 1;
     this.#tail = this.#ring[this.#sqTail];
     this.#publishedTail = this.#tail;
-    const array = word(16);
-    for (let i = 0; i < sqEntries; i++) this.#ring[array + i] = i;
+    if ((params[2] & SETUP_NO_SQARRAY) === 0) {
+      const array = word(16);
+      for (let i = 0; i < sqEntries; i++) this.#ring[array + i] = i;
+    }
+    this.#registration = { words: new Int32Array(control.buffer, 1024, 8), address: control.address + 1024 };
+    this.#makeFileTable();
     this.words = Float64Array.of(
       ...[this.#sqHead, this.#sqTail, this.#sqFlags, this.#cqHead, this.#cqTail].map(
         (index) => ring.address + index * 4,
@@ -226,6 +255,37 @@ export class IoUring implements CompletionQueue {
     const mapping = { address, length, buffer: native.window(address, length) };
     this.#mappings.push(mapping);
     return mapping;
+  }
+
+  /** An empty table of files: kernels before 5.19 refuse, and then there is none. */
+  #makeFileTable(): void {
+    // struct io_uring_rsrc_register: nr, flags, resv2, data, tags.
+    const table = Uint32Array.of(KEPT_FILES_MAX, RSRC_REGISTER_SPARSE, 0, 0, 0, 0, 0, 0);
+    if (native.ioUringRegister(this.fd, REGISTER_FILES2, table, table.byteLength) < 0) return;
+    for (let place = KEPT_FILES_MAX - 1; place >= 0; place--) this.#freeFiles.push(place);
+  }
+
+  /** Puts a descriptor, or -1 for none, into the kernel's table; whether it took it. */
+  #setFile(place: number, fd: number): boolean {
+    const { words, address } = this.#registration;
+    // struct io_uring_rsrc_update: offset, resv, address of the descriptors; here they follow.
+    words.set([place, 0, (address + 16) | 0, ((address + 16) / 0x100000000) | 0, fd]);
+    return native.ioUringRegister(this.fd, REGISTER_FILES_UPDATE, words, 1) === 1;
+  }
+
+  keepFile(fd: number): FileHandle {
+    const place = this.#freeFiles.pop();
+    if (place === undefined) return fd;
+    if (this.#setFile(place, fd)) return KEPT_FILE | place;
+    this.#freeFiles.push(place);
+    return fd;
+  }
+
+  forgetFile(handle: FileHandle): void {
+    if (handle < KEPT_FILE) return;
+    const place = handle - KEPT_FILE;
+    this.#setFile(place, -1);
+    this.#freeFiles.push(place);
   }
 
   claim(handler: CompletionHandler): Slot {
@@ -322,8 +382,13 @@ export class IoUring implements CompletionQueue {
       i = (this.#tail & this.#sqMask) * SQE_WORDS;
       this.#tail = (this.#tail + 1) >>> 0;
     }
-    sqes[i] = op;
-    sqes[i + 1] = fd;
+    if (fd >= KEPT_FILE) {
+      sqes[i] = op | SQE_FIXED_FILE;
+      sqes[i + 1] = fd - KEPT_FILE;
+    } else {
+      sqes[i] = op;
+      sqes[i + 1] = fd;
+    }
     if (offset < 0) {
       sqes[i + 2] = 0xffffffff;
       sqes[i + 3] = 0xffffffff;

@@ -9,6 +9,7 @@
 import type {
   CompletionHandler,
   CompletionQueue,
+  FileHandle,
   QueueCounters,
   Slot,
 } from "../../src/loop/completion-queue.ts";
@@ -184,6 +185,13 @@ export class StandInQueue implements CompletionQueue {
         this.#events.push({ slot: operation.slot, result: events });
     }
   }
+
+  /** There is nothing to gain here. */
+  keepFile(fd: number): FileHandle {
+    return fd;
+  }
+
+  forgetFile(): void {}
 
   claim(handler: CompletionHandler): Slot {
     const slot = this.#nextSlot++;
