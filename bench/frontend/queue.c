@@ -29,9 +29,21 @@ enum { SAMPLE_EVERY = 61 };
 
 static uint64_t align_up(uint64_t value, uint64_t to) { return (value + to - 1) & ~(to - 1); }
 
+/*
+ * Header and status of a request lie as in Linux's driver: together in a record of the request's own
+ * (struct virtblk_req of drivers/block/virtio_blk.c), and its indirect table is an allocation of its own.
+ * Requests so share no cache line: while one is served, the next is written on another CPU.
+ */
+struct record {
+  struct virtio_blk_outhdr header;
+  uint8_t status;
+} __attribute__((aligned(64)));
+
+static uint64_t table_bytes(const struct options *o) { return align_up(16ull * (o->segments + 2), 64); }
+
 /* Offsets of the parts of one queue's memory; each begins on a page, as a guest's allocations would. */
 struct layout {
-  uint64_t desc, avail, used, tables, headers, statuses, data, bytes;
+  uint64_t desc, avail, used, tables, records, data, bytes;
 };
 
 static struct layout layout_for(const struct options *o) {
@@ -40,9 +52,8 @@ static struct layout layout_for(const struct options *o) {
   at.avail = align_up(at.desc + 16ull * o->queue_size, PAGE);
   at.used = align_up(at.avail + 6 + 2ull * o->queue_size, PAGE);
   at.tables = align_up(at.used + 6 + 8ull * o->queue_size, PAGE);
-  at.headers = align_up(at.tables + 16ull * (o->segments + 2) * o->depth, PAGE);
-  at.statuses = align_up(at.headers + sizeof(struct virtio_blk_outhdr) * o->depth, PAGE);
-  at.data = align_up(at.statuses + o->depth, PAGE);
+  at.records = align_up(at.tables + table_bytes(o) * o->depth, PAGE);
+  at.data = align_up(at.records + sizeof(struct record) * o->depth, PAGE);
   at.bytes = align_up(at.data + o->block_bytes * o->depth, PAGE);
   return at;
 }
@@ -81,11 +92,12 @@ static void init_slots(struct queue *queue, uint8_t *base, const struct layout *
   memset(queue->slot_of_head, 0xff, queue->size * sizeof *queue->slot_of_head);
   for (unsigned i = 0; i < o->depth; i++) {
     struct slot *slot = &queue->slots[i];
-    slot->header = (struct virtio_blk_outhdr *)(base + at->headers) + i;
-    slot->status = base + at->statuses + i;
+    struct record *record = (struct record *)(base + at->records) + i;
+    slot->header = &record->header;
+    slot->status = &record->status;
     slot->data = base + at->data + i * o->block_bytes;
     slot->head = (uint16_t)(queue->indirect ? i : i * chain_length);
-    slot->chain = queue->indirect ? (struct vring_desc *)(base + at->tables) + i * chain_length
+    slot->chain = queue->indirect ? (struct vring_desc *)(base + at->tables + i * table_bytes(o))
                                   : queue->desc + slot->head;
     link_slot(queue, slot, queue->indirect ? 0 : slot->head);
     if (queue->indirect)

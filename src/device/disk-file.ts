@@ -82,7 +82,7 @@ export function openDisk(
     return {
       file,
       label: basename(file),
-      fd: yield* keep(loop, fd),
+      fd: yield* openAgain(loop, fd, access, readonly),
       directFd: directFd === undefined ? undefined : yield* keep(loop, directFd),
       directAlignment: DIRECT_ALIGNMENT_BYTES,
       readonly,
@@ -94,7 +94,23 @@ export function openDisk(
   });
 }
 
-/** What the requests' operations are given in place of the descriptor. */
+/**
+ * The same file once more, for the requests' operations. The kernel holds on to a kept file for some hundredths of
+ * a second after a process was killed: it must not be the opening that has the lock.
+ */
+function openAgain(
+  loop: EventLoop,
+  fd: number,
+  flags: number,
+  readonly: boolean,
+): Effect.Effect<FileHandle, never, Scope.Scope> {
+  return Effect.matchEffect(openFile(`/proc/self/fd/${fd}`, flags, readonly), {
+    // Without /proc the first opening does, too: it only costs more.
+    onFailure: () => Effect.succeed(fd),
+    onSuccess: (again) => keep(loop, again),
+  });
+}
+
 function keep(loop: EventLoop, fd: number): Effect.Effect<FileHandle, never, Scope.Scope> {
   return Effect.acquireRelease(
     Effect.sync(() => loop.queue.keepFile(fd)),

@@ -9,7 +9,7 @@ import {
   WRITE_DSYNC,
 } from "../../src/loop/completion-queue.ts";
 import type { SleepingQueue } from "../../src/loop/open-queue.ts";
-import { ERRNO, native } from "../../src/native.ts";
+import { check, ERRNO, native } from "../../src/native.ts";
 import { makeQueue } from "../support/queue-under-test.ts";
 import { ringTest } from "../support/ring-test.ts";
 import { allocateBlock, type Block, eventually, scratchFolder } from "../support/test-loop.ts";
@@ -440,5 +440,59 @@ ringTest(
       queue.claim(() => {}),
       first,
     );
+  }),
+);
+
+ringTest(
+  "a kept file is read, written, flushed and allocated like its descriptor; its place is used again",
+  withRing(async ({ queue, memory, fd, run }, t) => {
+    for (let round = 0; round < 3; round++) {
+      const handle = queue.keepFile(fd);
+      memory.bytes.fill(round + 1, 0, 4096);
+      t.is(await run((slot) => queue.write(slot, handle, memory.address, 4096, 8 * GIB, 0)), 4096);
+      t.is(await run((slot) => queue.datasync(slot, handle)), 0);
+      t.is(await run((slot) => queue.allocate(slot, handle, PUNCH_HOLE_KEEP_SIZE, 8 * GIB, 512)), 0);
+      const vectors = setIovecs(memory, 16384, [[memory.address + 8192, 4096]]);
+      t.is(await run((slot) => queue.readv(slot, handle, vectors, 1, 8 * GIB)), 4096);
+      t.is(memory.bytes[8192], 0);
+      t.is(memory.bytes[8192 + 512], round + 1);
+      queue.forgetFile(handle);
+    }
+  }),
+);
+
+function socketPair(): Int32Array {
+  const fds = new Int32Array(2);
+  check(native.socketPair(fds), "socketpair");
+  return fds;
+}
+
+ringTest(
+  "as many files as you like may be kept, each its own; a forgotten one is closed with its descriptor",
+  withRing(async ({ queue, memory, run }, t) => {
+    const folder = scratchFolder();
+    const files = Array.from({ length: 200 }, (_, i) => {
+      const name = path.join(folder.path, String(i));
+      fs.writeFileSync(name, Buffer.alloc(512, i));
+      return fs.openSync(name, "r");
+    });
+    try {
+      const handles = files.map((file) => queue.keepFile(file));
+      t.is(new Set(handles).size, files.length);
+      for (const [i, handle] of handles.entries()) {
+        t.is(await run((slot) => queue.read(slot, handle, memory.address, 512, 0)), 512);
+        t.is(memory.bytes[511], i);
+      }
+      for (const handle of handles) queue.forgetFile(handle);
+      // A pipe shows who still holds it: its reader sees the end when the last writer is gone.
+      const [reader, writer] = socketPair();
+      queue.forgetFile(queue.keepFile(writer));
+      native.close(writer);
+      t.is(await run((slot) => queue.read(slot, reader, memory.address, 512, NO_OFFSET)), 0);
+      native.close(reader);
+    } finally {
+      for (const file of files) fs.closeSync(file);
+      folder.remove();
+    }
   }),
 );
