@@ -133,6 +133,8 @@ export interface Native {
   terminalRestore(): void;
   isTerminal(fd: number): boolean;
 
+  /** Closes a descriptor whose end takes the kernel long, in a thread that ends with it. */
+  closeAside(fd: number): void;
   /** Runs a vCPU in a thread of its own; the index of its box, or -errno. See native-shim/kvm.c. */
   vcpuStart(fd: number, runBytes: number, eventFd: number): number;
   /** The vCPU's box holds the answer to what it asked. */

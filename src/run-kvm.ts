@@ -1,9 +1,11 @@
 /** The guest on KVM: its kernel, its initramfs, and its devices on a PCI bus in this process. */
 import * as fs from "node:fs";
 import * as Effect from "effect/Effect";
+import type * as Scope from "effect/Scope";
 import { guestInitPath } from "./boot/files.ts";
 import { buildInitramfs, defaultGuestModules, initramfsRoot } from "./boot/initramfs.ts";
 import { readKernelImage } from "./boot/kernel-image.ts";
+import { mapFile } from "./boot/mapped-file.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
 import { enterStats, type Services } from "./devices.ts";
@@ -26,7 +28,7 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
     const { opened, reporter } = services;
     const kernel = yield* obtainKernel(services, command);
     reporter.trace?.(`kernel ${kernel.path}, modules ${kernel.modules ?? "none"}`);
-    const file = yield* read("the kernel", kernel.path);
+    const file = yield* map("the kernel", kernel.path);
     const image = yield* Effect.try({
       try: () => readKernelImage(file, kernel.path),
       catch: (error) => error as Error,
@@ -73,11 +75,14 @@ function obtainKernel(
   return kernel === undefined ? obtainKvmKernel(reporter.report) : Effect.succeed(givenKernel(kernel.path));
 }
 
+const cannotRead = (what: string, path: string) => (error: unknown) =>
+  new RunError({ message: `cannot read ${what} ${path}: ${(error as Error).message}` });
+
+const map = (what: string, path: string): Effect.Effect<Uint8Array, RunError, Scope.Scope> =>
+  Effect.mapError(mapFile(path), cannotRead(what, path));
+
 const read = (what: string, path: string): Effect.Effect<Uint8Array, RunError> =>
-  Effect.try({
-    try: () => fs.readFileSync(path),
-    catch: (error) => new RunError({ message: `cannot read ${what} ${path}: ${(error as Error).message}` }),
-  });
+  Effect.try({ try: () => fs.readFileSync(path), catch: cannotRead(what, path) });
 
 interface Initrd {
   readonly initrd: Uint8Array | undefined;
@@ -91,7 +96,7 @@ interface Initrd {
  */
 function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel) {
   return Effect.gen(function* () {
-    if (command.initrd !== undefined) return { initrd: yield* read("the initrd", command.initrd) } as Initrd;
+    if (command.initrd !== undefined) return { initrd: yield* map("the initrd", command.initrd) } as Initrd;
     const isDefault = command.kernel === undefined;
     if (!isDefault && kernel.modules === undefined) return { initrd: undefined } as Initrd;
     const wanted = [

@@ -1,10 +1,10 @@
 /**
  * Which kernel modules a guest has to load for the drivers it needs, and in which order.
  *
- * A modules folder is what `make modules_install` leaves: `kernel/` with the modules, `modules.dep` with their
- * dependencies, `modules.builtin` with what the kernel holds itself (modules.dep(5), and the kernel's
- * Documentation/kbuild/kbuild.rst). A folder with nothing but `.ko` files works too: each of them says in its
- * `.modinfo` section what it depends on.
+ * A modules folder is what `make modules_install` leaves: `kernel/` with the modules, `modules.order` with their paths,
+ * `modules.builtin` with what the kernel holds itself (the kernel's Documentation/kbuild/kbuild.rst), and where depmod
+ * ran `modules.dep` with their dependencies (modules.dep(5)). Without that each module says in its `.modinfo` section what
+ * it depends on; a folder with nothing but `.ko` files works too, at the price of a walk through all of it.
  */
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
@@ -19,6 +19,8 @@ export class ModuleError extends Data.TaggedError("ModuleError")<{ readonly mess
 export interface ModuleFile {
   readonly name: string;
   readonly path: string;
+  /** Its content, unpacked, where that was needed to know what it depends on. */
+  readonly data?: Uint8Array;
 }
 
 export interface ResolvedModules {
@@ -36,11 +38,15 @@ export interface LoadedModule {
   readonly data: Uint8Array;
 }
 
-/** What a modules folder says: paths by name, names that a name depends on, names that are built in. */
+/** What a modules folder says of one name. */
 interface Catalogue {
-  readonly paths: ReadonlyMap<string, string>;
-  readonly dependencies: (name: string) => ReadonlyArray<string>;
-  readonly builtin: ReadonlySet<string>;
+  readonly find: (name: string) => Found | undefined;
+  readonly isBuiltin: (name: string) => boolean;
+}
+
+interface Found {
+  readonly file: ModuleFile;
+  readonly dependencies: ReadonlyArray<string>;
 }
 
 const MODULE_FILE = /\.ko(\.gz|\.xz|\.zst)?$/;
@@ -66,7 +72,7 @@ export const resolveModules = (
 export const readModule = (file: ModuleFile): Effect.Effect<LoadedModule, ModuleError> =>
   Effect.suspend(() => {
     try {
-      return Effect.succeed({ name: file.name, data: readUnpacked(file.path) });
+      return Effect.succeed({ name: file.name, data: file.data ?? readUnpacked(file.path) });
     } catch (error) {
       return Effect.fail(asModuleError(error, `cannot read the kernel module ${file.path}`));
     }
@@ -98,58 +104,87 @@ function order(catalogue: Catalogue, wanted: ReadonlyArray<string>): ResolvedMod
   const visit = (name: string): void => {
     if (seen.has(name)) return;
     seen.add(name);
-    const path = catalogue.paths.get(name);
-    if (path === undefined) {
-      (catalogue.builtin.has(name) ? builtin : missing).add(name);
+    const found = catalogue.find(name);
+    if (found === undefined) {
+      (catalogue.isBuiltin(name) ? builtin : missing).add(name);
       return;
     }
-    for (const dependency of catalogue.dependencies(name)) visit(dependency);
-    files.push({ name, path });
+    for (const dependency of found.dependencies) visit(dependency);
+    files.push(found.file);
   };
   for (const name of wanted) visit(name);
   return { files, builtin: [...builtin], missing: [...missing] };
 }
 
 function readCatalogue(folder: string): Catalogue {
-  const builtin = new Set(
-    readLines(join(folder, "modules.builtin"))?.map((line) => moduleName(line.trim())) ?? [],
-  );
-  const lines = readLines(join(folder, "modules.dep"));
-  return lines === undefined ? scan(folder, builtin) : parseDependencies(folder, lines, builtin);
+  const builtin = readText(join(folder, "modules.builtin"));
+  const isBuiltin = (name: string): boolean => builtin !== undefined && lineOf(builtin, name) !== undefined;
+  const dependencies = readText(join(folder, "modules.dep"));
+  if (dependencies !== undefined) {
+    return { isBuiltin, find: (name) => findByDependencies(folder, dependencies, name) };
+  }
+  const order = readText(join(folder, "modules.order"));
+  // What modules.order does not know may have been put there later, by hand.
+  let all: ReadonlyMap<string, string> | undefined;
+  const pathOf = (name: string): string | undefined => {
+    const listed = order === undefined ? undefined : findByOrder(folder, order, name);
+    if (listed !== undefined || (order !== undefined && isBuiltin(name))) return listed;
+    all ??= scan(folder);
+    return all.get(name);
+  };
+  const find = (name: string): Found | undefined => {
+    const path = pathOf(name);
+    return path === undefined ? undefined : askModule(name, path);
+  };
+  return { isBuiltin, find };
 }
 
-function readLines(path: string): Array<string> | undefined {
+function readText(path: string): string | undefined {
   try {
-    return readFileSync(path, "utf8")
-      .split("\n")
-      .filter((line) => line.trim() !== "");
+    return readFileSync(path, "utf8");
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
     throw error;
   }
 }
 
-/** A line of modules.dep is `path: path path …`, each relative to the folder or absolute. */
-function parseDependencies(
-  folder: string,
-  lines: ReadonlyArray<string>,
-  builtin: ReadonlySet<string>,
-): Catalogue {
-  const paths = new Map<string, string>();
-  const dependencies = new Map<string, ReadonlyArray<string>>();
-  for (const line of lines) {
-    const [path, rest] = line.split(":", 2);
-    const name = moduleName(path);
-    paths.set(name, unpackedBeside(path.startsWith("/") ? path : join(folder, path)));
-    dependencies.set(
-      name,
-      (rest ?? "")
-        .split(/\s+/)
-        .filter((word) => word !== "")
-        .map(moduleName),
-    );
+/**
+ * The line of a list that is about a module: the lists have thousands of lines and a guest needs ten of them, so they are
+ * searched, not parsed.
+ */
+function lineOf(list: string, name: string): string | undefined {
+  const spelling = name.replace(/[^\w-]/g, "\\$&").replaceAll("_", "[-_]");
+  const pattern = new RegExp(`${spelling}\\.ko(?:\\.gz|\\.xz|\\.zst)?(?=[:\\s]|$)`, "g");
+  for (let hit = pattern.exec(list); hit !== null; hit = pattern.exec(list)) {
+    const start = list.lastIndexOf("\n", hit.index) + 1;
+    // A dependency in another's line, or the end of another's name, is not it.
+    const before = list.slice(start, hit.index);
+    if (before === "" || (before.endsWith("/") && !/[:\s]/.test(before))) {
+      const end = list.indexOf("\n", start);
+      return list.slice(start, end < 0 ? undefined : end).trim();
+    }
   }
-  return { paths, builtin, dependencies: (name) => dependencies.get(name) ?? [] };
+  return undefined;
+}
+
+/** A line of modules.dep is `path: path path …`, each relative to the folder or absolute. */
+function findByDependencies(folder: string, list: string, name: string): Found | undefined {
+  const line = lineOf(list, name);
+  if (line === undefined) return undefined;
+  const [path, rest] = line.split(":", 2);
+  const dependencies = (rest ?? "").split(/\s+/).filter((word) => word !== "");
+  return {
+    file: { name, path: unpackedBeside(path.startsWith("/") ? path : join(folder, path)) },
+    dependencies: dependencies.map(moduleName),
+  };
+}
+
+/** modules.order has the paths that the build made; whoever installed them may have packed them since. */
+function findByOrder(folder: string, list: string, name: string): string | undefined {
+  const line = lineOf(list, name);
+  if (line === undefined) return undefined;
+  const path = join(folder, line);
+  return ["", ".gz", ".xz", ".zst"].map((packing) => path + packing).find((file) => existsSync(file));
 }
 
 /** Takes `x.ko` where modules.dep says `x.ko.xz` and somebody has unpacked it. */
@@ -159,7 +194,7 @@ function unpackedBeside(path: string): string {
   return existsSync(plain) ? plain : path;
 }
 
-function scan(folder: string, builtin: ReadonlySet<string>): Catalogue {
+function scan(folder: string): ReadonlyMap<string, string> {
   const paths = new Map<string, string>();
   const walk = (at: string): void => {
     for (const entry of readdirSync(at, { withFileTypes: true })) {
@@ -171,16 +206,13 @@ function scan(folder: string, builtin: ReadonlySet<string>): Catalogue {
     }
   };
   walk(folder);
-  const dependencies = (name: string) => {
-    const path = paths.get(name);
-    return path === undefined ? [] : dependenciesInside(path);
-  };
-  return { paths, builtin, dependencies };
+  return paths;
 }
 
 /** The `depends=` entry of a module's `.modinfo` section (linux/module.h, MODULE_INFO). */
-function dependenciesInside(path: string): ReadonlyArray<string> {
-  const info = elfSection(Buffer.from(readUnpacked(path)), ".modinfo");
+function askModule(name: string, path: string): Found {
+  const data = readUnpacked(path);
+  const info = elfSection(Buffer.from(data.buffer, data.byteOffset, data.length), ".modinfo");
   if (info === undefined) {
     throw new ModuleError({ message: `${path} is not a kernel module: it has no .modinfo section` });
   }
@@ -188,11 +220,9 @@ function dependenciesInside(path: string): ReadonlyArray<string> {
     .toString("latin1")
     .split("\0")
     .find((text) => text.startsWith("depends="));
-  return (entry ?? "depends=")
-    .slice("depends=".length)
-    .split(",")
-    .filter((word) => word !== "")
-    .map(moduleName);
+  const words = (entry ?? "depends=").slice("depends=".length).split(",");
+  const dependencies = words.filter((word) => word !== "").map(moduleName);
+  return { file: { name, path, data }, dependencies };
 }
 
 /** One section of a little-endian ELF file (elf(5)), 32 or 64 bit, or undefined. */

@@ -86,6 +86,37 @@ test("without modules.dep the modules themselves are asked", (t) => {
   t.deepEqual(names(resolve(folder, "virtio_net")), ["failover", "net_failover", "virtio_net"]);
 });
 
+test("modules.order says where modules are; what it does not list is looked for", (t) => {
+  const folder = folderWith(t, {
+    "modules.order": "kernel/a/virtio_net.ko\nkernel/a/net-failover.ko\nkernel/a/my_virtio_net.ko\n",
+    "modules.builtin": "kernel/b/failover.ko\n",
+    "kernel/a/virtio_net.ko": moduleWith("depends=net-failover,failover,by_hand\0"),
+    "kernel/a/net-failover.ko.gz": gzipSync(moduleWith("depends=\0")),
+    "updates/by-hand.ko": moduleWith("depends=\0"),
+    // Not in the list, and not looked at: the list goes before. A walk would meet one of them first.
+    "a/virtio_net.ko": "odd",
+    "z/virtio_net.ko": "odd",
+  });
+  const result = resolve(folder, "virtio_net", "nowhere");
+  t.deepEqual(names(result), ["net_failover", "by_hand", "virtio_net"]);
+  t.deepEqual(result.builtin, ["failover"]);
+  t.deepEqual(result.missing, ["nowhere"]);
+  t.is(result.files[0].path, join(folder, "kernel/a/net-failover.ko.gz"));
+  const [unpacked] = result.files.map((file) => Effect.runSync(readModule(file)).data);
+  t.is(Buffer.from(unpacked).toString("latin1", 1, 4), "ELF");
+});
+
+test("a name is found whole, and not where another depends on it", (t) => {
+  const folder = folderWith(t, {
+    "modules.dep": "a/x_blk.ko: a/blk.ko a/my-x.ko\na/my-x.ko:\na/x.ko.gz:\n/abs/blk.ko:",
+  });
+  const at = (name: string) => resolve(folder, name).files.at(-1)?.path;
+  t.is(at("x"), join(folder, "a/x.ko.gz"));
+  t.is(at("blk"), "/abs/blk.ko");
+  t.is(at("my_x"), join(folder, "a/my-x.ko"));
+  t.deepEqual(resolve(folder, "k", "x.").missing, ["k", "x."]);
+});
+
 test("a .ko that is no module is refused by name", async (t) => {
   const folder = folderWith(t, { "odd.ko": "just text" });
   const error = await t.throwsAsync(Effect.runPromise(resolveModules(folder, ["odd"])));
