@@ -66,7 +66,8 @@ function loopguestCommand(): { command: string[]; about: string } | undefined {
 }
 
 function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): BackEnd {
-  const { about = "", env = {}, words = [] } = variant;
+  const { about = "", env = {}, words = [], readonly = false } = variant;
+  const attributes = `${direct ? ",direct" : ""}${readonly ? ",readonly" : ""}`;
   return {
     name,
     direct,
@@ -80,7 +81,7 @@ function loopBackEnd(name: string, direct: boolean, variant: LoopVariant = {}): 
       ...(loopguestCommand()?.command ?? []),
       "serve",
       ...words,
-      ...disks.map(({ file, socket }) => `--block=${file},socket=${socket}${direct ? ",direct" : ""}`),
+      ...disks.map(({ file, socket }) => `--block=${file},socket=${socket}${attributes}`),
     ],
     console: (socket) => [
       ...(loopguestCommand()?.command ?? []),
@@ -102,6 +103,8 @@ interface LoopVariant {
   /** Options of loopguest serve. */
   readonly words?: readonly string[];
   readonly env?: Readonly<Record<string, string>>;
+  /** Its disks are: then several processes may serve one file at the same time. */
+  readonly readonly?: boolean;
 }
 
 /** Used elements between two interrupts of a guest that waits; 0 is no bound: only before idle. */
@@ -192,6 +195,12 @@ function nullBackEnd(frontEnd: string): BackEnd {
 export function allBackEnds(frontEnd: string): ReadonlyMap<string, BackEnd> {
   const list = [
     loopBackEnd("loop", false),
+    loopBackEnd("loop-readonly", false, { about: " with read-only disks", readonly: true }),
+    loopBackEnd("loop-stats", false, {
+      about: " with read-only disks and --stats",
+      words: ["--stats=/dev/null"],
+      readonly: true,
+    }),
     loopBackEnd("epoll", false, { about: " on epoll", words: ["--completion=epoll"] }),
     threadsBackEnd("threads", false),
     storageDaemonBackEnd("qsd-io_uring", "io_uring", false),

@@ -32,6 +32,8 @@ export interface Group {
   readonly cpus?: readonly [driver: number, backEnd: number];
   /** Arms one after the other, each with a process of its own for the time of its windows. */
   readonly alone?: boolean;
+  /** Its arms at once, but not together with those of other groups. */
+  readonly apart?: boolean;
 }
 
 export const DEPTHS: readonly number[] = [1, 8, 32, 128];
@@ -117,6 +119,13 @@ export function allGroups({ modes, depths }: Choice): Group[] {
       "For hosts without io_uring. One arm at a time, because a disk is locked by who serves it.",
       each("queue", modes, ends),
       { arms: ["loop", "epoll", "threads"], alone: true },
+    ),
+    group(
+      "stats",
+      "4 KiB random reads, with --stats and without",
+      "Two processes serve one disk, which both open for reading. Differences are small: many short rounds tell them.",
+      each("stats", modes, ends),
+      { arms: ["loop-readonly", "loop-stats"], apart: true },
     ),
     group(
       "half",

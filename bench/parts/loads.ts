@@ -45,7 +45,8 @@ function scenesOf(groups: readonly Group[], cpus: Cpus): Scene[] {
       const pinned = group.cpus ?? cpus;
       const alone = group.alone === true;
       // O_DIRECT arms have the page cache to themselves: nobody else may fill or use it meanwhile.
-      const key = [work.disks, pinned, alone ? group.name : "", group.name === "direct"].join("/");
+      const own = alone || group.apart === true;
+      const key = [work.disks, pinned, own ? group.name : "", group.name === "direct"].join("/");
       const scene = scenes.get(key) ?? { disks: work.disks, cpus: pinned, alone, groups: [], works: [] };
       if (!scene.groups.includes(group)) scene.groups.push(group);
       scene.works.push({ work, group });

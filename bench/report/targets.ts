@@ -1,5 +1,6 @@
 /** Where loopguest wants to stand: ratios within one run, each with its figure. */
 import { type FigureName, medianOf, type Sample, type Target, valuesOf } from "../lib/model.ts";
+import { median } from "../lib/statistics.ts";
 import { BARE_NODE } from "../parts/start-up.ts";
 
 type Value = number | undefined;
@@ -21,6 +22,20 @@ class Asked {
     const own = this.figure(work, arm, figure);
     const theirs = this.figure(work, other, figure);
     return own === undefined || theirs === undefined || theirs === 0 ? undefined : own / theirs;
+  }
+
+  /** The median over the rounds of each round's ratio: what drifts from round to round falls out. */
+  paired(work: string, arm: string, other: string, figure: FigureName): Value {
+    const of = (name: string, round: number) =>
+      this.#samples.find((one) => one.work === work && one.arm === name && one.round === round)?.figures[
+        figure
+      ];
+    const rounds = new Set(this.#samples.filter((one) => one.work === work).map(({ round }) => round));
+    const ratios = [...rounds].flatMap((round) => {
+      const [own, theirs] = [of(arm, round), of(other, round)];
+      return own === undefined || theirs === undefined || theirs === 0 ? [] : [own / theirs];
+    });
+    return ratios.length === 0 ? undefined : median(ratios);
   }
 
   /** The least of some ratios; undefined when one of them is. */
@@ -193,6 +208,18 @@ function small(asked: Asked): Wanted[] {
   ];
 }
 
+function statistics(asked: Asked): Wanted[] {
+  return [1, 32].flatMap((depth) =>
+    (["poll", "wait"] as const).map((mode) =>
+      least(
+        `depth ${depth}, driver ${mode}s: ops/s with --stats, of those without`,
+        asked.paired(`stats/${mode}/${depth}`, "loop-stats", "loop-readonly", "ops_per_second"),
+        0.98,
+      ),
+    ),
+  );
+}
+
 function network(asked: Asked): Wanted[] {
   const works = asked.worksWith("net/", "loop", "threads");
   const frames = works.map((work) => asked.ratio(work, "threads", "ops_per_second"));
@@ -216,6 +243,7 @@ export function targetsOf(samples: readonly Sample[]): Target[] {
     small,
     onEpoll,
     network,
+    statistics,
   ];
   return lists.flatMap((list, i) =>
     list(asked).map((wanted) => ({ number: i + 1, ...wanted, met: isMet(wanted) })),

@@ -1,12 +1,12 @@
 import test from "ava";
 import { Latency } from "../../src/virtio/latency.ts";
 
-function make() {
+function make(between?: number) {
   const clock = { ms: 0, reads: 0 };
   const latency = new Latency(() => {
     clock.reads++;
     return clock.ms;
-  });
+  }, between);
   return { latency, clock };
 }
 
@@ -25,8 +25,23 @@ test("a sample is the time from taking a chain to giving it back; one at a time"
   t.is(clock.reads, 2, "two looks at the clock for two chains");
 });
 
-test("quantiles, the largest, and the sum", (t) => {
+test("many chains are a few samples, and no regular pattern keeps step with them", (t) => {
   const { latency, clock } = make();
+  for (let n = 0; n < 17 * 1000; n++) {
+    latency.taken(0, 1);
+    // Every 8th takes long.
+    clock.ms += n % 8 === 0 ? 1 : 0.01;
+    latency.given(0);
+  }
+  const summary = latency.summary()!;
+  t.is(summary.samples, 1000);
+  t.is(clock.reads, 2000);
+  t.is(latency.bytes, 17 * 1000);
+  t.true(Math.abs(summary.mean - (1000 + 7 * 10) / 8) < 2, `a mean of ${summary.mean}`);
+});
+
+test("quantiles, the largest, and the sum", (t) => {
+  const { latency, clock } = make(0);
   for (let n = 1; n <= 1000; n++) {
     latency.taken(0, 0);
     clock.ms += n / 1000;
@@ -46,7 +61,7 @@ test("quantiles, the largest, and the sum", (t) => {
 });
 
 test("absurd times do not break it", (t) => {
-  const { latency, clock } = make();
+  const { latency, clock } = make(0);
   latency.taken(0, 0);
   latency.given(0);
   latency.taken(0, 0);
