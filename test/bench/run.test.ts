@@ -53,7 +53,7 @@ test("a tiny run writes a report that is complete, and prints it", async (t) => 
     t.true((result?.operations ?? 0) > 0);
   }
   t.is(report.othersCpus.length, 2);
-  t.is(new Set(report.targets.map(({ number }) => number)).size, 9);
+  t.is(new Set(report.targets.map(({ number }) => number)).size, 10);
   t.true(report.targets.every(({ text, limit }) => isText(text) && isFigure(limit)));
   for (const depth of [1, 8])
     for (const mode of ["poll", "wait"]) t.true(stdout.includes(`depth ${depth}, driver ${mode}s`), stdout);
