@@ -439,6 +439,11 @@ export class BlockDriver {
     return this.memory.view.getUint16(this.#view(USED_AT) + 2, true);
   }
 
+  /** The slot of the nth used element since the beginning. */
+  usedSlot(n: number): number {
+    return this.memory.view.getUint32(this.#view(USED_AT) + 4 + 8 * (n % this.size), true) / 3;
+  }
+
   get available(): number {
     return this.#available;
   }
