@@ -13,17 +13,21 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* mmap(fd, offset, length, writable): the address. fd -1: private anonymous memory; else shared. */
+/*
+ * mmap(fd, offset, length, writable, reserve): the address. fd -1: private anonymous memory; else shared. reserve: pages
+ * of hugetlbfs are set aside now, and are there when they are touched.
+ */
 static napi_value map(napi_env env, napi_callback_info info)
 {
 	struct args args = get_args(env, info);
 	int fd = arg_int(&args, 0);
-	bool writable = true;
+	bool writable = true, reserve = false;
 	void *address;
 
 	napi_get_value_bool(env, args.value[3], &writable);
+	napi_get_value_bool(env, args.value[4], &reserve);
 	address = mmap(NULL, (size_t)arg_int64(&args, 2), PROT_READ | (writable ? PROT_WRITE : 0),
-		       fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED | MAP_NORESERVE, fd,
+		       (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED) | (reserve ? 0 : MAP_NORESERVE), fd,
 		       (off_t)arg_int64(&args, 1));
 	if (address == MAP_FAILED)
 		return throw_errno(env, "mmap");

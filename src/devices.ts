@@ -3,6 +3,7 @@ import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { BlockDescription, NetDescription, RngDescription } from "./cli/command-line.ts";
+import { BalloonDevice } from "./device/balloon.ts";
 import { BlockDevice } from "./device/block.ts";
 import { TokenBucket, UNLIMITED } from "./device/byte-rate.ts";
 import { type DiskError, openDisk } from "./device/disk-file.ts";
@@ -114,5 +115,6 @@ export function enterStats(
   const block = device instanceof BlockDevice ? { block: device.counters } : {};
   const rng = device instanceof RngDevice ? { rng: device.counters } : {};
   const net = device instanceof NetDevice ? { net: device.counters } : {};
-  stats.push({ name: device.name, queues, ...block, ...net, ...rng });
+  const balloon = device instanceof BalloonDevice ? { balloon: device.counters } : {};
+  stats.push({ name: device.name, queues, ...block, ...net, ...rng, ...balloon });
 }

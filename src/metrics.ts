@@ -150,6 +150,7 @@ function deviceMetrics(devices: StatsRegistry, counter: AddCounter): void {
   const counterNames = {
     block: ["reads", "writes", "flushes", "bytesRead", "bytesWritten", "errors"],
     rng: ["requests", "bytes", "throttled", "errors"],
+    balloon: ["requests", "bytes", "errors"],
     net: ["received.frames", "received.bytes", "received.dropped"].flatMap((key) => [
       key,
       key.replace("received", "transmitted"),

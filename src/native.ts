@@ -20,8 +20,11 @@ export type Place = { readonly __: unique symbol };
 export type LguestCpu = { readonly ___: unique symbol };
 
 export interface Native {
-  /** Maps `length` bytes of `fd` from `offset`, shared; fd -1 is private anonymous memory. Returns the address. */
-  mmap(fd: number, offset: number, length: number, writable: boolean): number;
+  /**
+   * Maps `length` bytes of `fd` from `offset`, shared; fd -1 is private anonymous memory. Returns the address. `reserve`
+   * sets aside what may be missing later (huge pages); default: nothing.
+   */
+  mmap(fd: number, offset: number, length: number, writable: boolean, reserve?: boolean): number;
   munmap(address: number, length: number): void;
   /** An ArrayBuffer (at most 4 GiB) over memory that stays the caller's: detach it before unmapping. */
   window(address: number, length: number): ArrayBuffer;

@@ -8,6 +8,7 @@ import { readKernelImage } from "./boot/kernel-image.ts";
 import { mapFile } from "./boot/mapped-file.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
+import { BalloonDevice } from "./device/balloon.ts";
 import { enterStats, type Services } from "./devices.ts";
 import { type HostRoot, hostRootModules, isRootNamed, openHostRoot, rootName } from "./host-root.ts";
 import { type KvmGuest, startKvm } from "./hypervisor/kvm/kvm.ts";
@@ -45,9 +46,12 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       memoryMiB: command.memoryMiB,
       hugePages: command.hugePages,
       cpus: command.cpus ?? 1,
-      devices: [...devices, ...(hostRoot === undefined ? [] : [hostRoot.device])].map((device) =>
-        machineDevice(services, device),
-      ),
+      devices: [
+        ...devices,
+        ...(hostRoot === undefined ? [] : [hostRoot.device]),
+        // Last, so that the others keep their places. Huge pages were set aside, and are not given back.
+        ...(command.hugePages ? [] : [new BalloonDevice("balloon", reporter.trace)]),
+      ].map((device) => machineDevice(services, device)),
       exits,
       report: reporter.report,
       trace: reporter.trace,
@@ -109,7 +113,8 @@ function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel
       ...(isDefault ? [] : DISK_FILE_SYSTEMS),
     ];
     const forRoot = isDefault ? hostRootModules(command) : [];
-    const { loaded, missing } = yield* loadModules(services, command, kernel, wanted, forRoot);
+    const welcome = [...forRoot, ...(command.hugePages ? [] : [BALLOON_DRIVER])];
+    const { loaded, missing } = yield* loadModules(services, command, kernel, wanted, welcome);
     const hostRoot = isDefault
       ? yield* obtainHostRoot(
           services,
@@ -147,6 +152,9 @@ function obtainHostRoot(
     return undefined;
   });
 }
+
+/** Gives what the guest frees back to the host. */
+const BALLOON_DRIVER = "virtio_balloon";
 
 /** For a root on a disk; crc32c is what ext4 asks the kernel for while it mounts. */
 const DISK_FILE_SYSTEMS = ["crc32c_generic", "ext4"];

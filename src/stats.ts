@@ -3,6 +3,7 @@ import * as fs from "node:fs";
 import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
+import type { BalloonCounters } from "./device/balloon.ts";
 import type { BlockCounters } from "./device/block.ts";
 import type { NetCounters } from "./device/net-backend.ts";
 import type { RngCounters } from "./device/rng.ts";
@@ -22,6 +23,7 @@ export interface DeviceStats {
   readonly block?: BlockCounters;
   readonly net?: NetCounters;
   readonly rng?: RngCounters;
+  readonly balloon?: BalloonCounters;
   /** The CPUs of a guest on KVM: accesses that left the kernel. */
   readonly exits?: ExitCounters;
 }

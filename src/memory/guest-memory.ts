@@ -25,6 +25,13 @@ export interface RegionLayout {
   readonly userBase: number;
   /** Where the region starts in the file; whole pages, like guestBase. */
   readonly fileOffset: number;
+  /**
+   * The file once more, where pages may be given back to the host by a hole in it (fallocate(2)); it stays open as long as
+   * a queue runs on the memory. Default: they may not.
+   */
+  readonly holeFd?: number;
+  /** Pages from a pool that can run out (hugetlbfs) are set aside at once; the mapping fails where there are too few. */
+  readonly reserve?: boolean;
 }
 
 /** A part of the guest's memory as the typed arrays that the rings need. */
@@ -41,6 +48,8 @@ export class MemoryRegion implements RegionLayout {
   readonly size: number;
   readonly userBase: number;
   readonly fileOffset: number;
+  /** See RegionLayout; -1: no page may be given back. */
+  readonly holeFd: number;
   /** Host address of the first byte. */
   readonly hostBase: number;
   readonly bytes: Uint8Array[] = [];
@@ -62,6 +71,7 @@ export class MemoryRegion implements RegionLayout {
     this.guestEnd = layout.guestBase + layout.size;
     this.userBase = layout.userBase;
     this.fileOffset = layout.fileOffset;
+    this.holeFd = layout.holeFd ?? -1;
     this.hostBase = map(fd, layout);
     this.#guardSlot = native.guardAdd(this.hostBase, layout.size);
     for (let at = 0; at < layout.size; at += WINDOW_BYTES) {
@@ -121,13 +131,13 @@ export class MemoryRegion implements RegionLayout {
   }
 }
 
-function map(fd: number, { guestBase, size, fileOffset }: RegionLayout): number {
+function map(fd: number, { guestBase, size, fileOffset, reserve }: RegionLayout): number {
   const what = `guest memory at 0x${guestBase.toString(16)}, ${size} bytes from offset ${fileOffset} of its file,`;
   if (fileOffset % PAGE_BYTES !== 0 || guestBase % PAGE_BYTES !== 0 || size < 1) {
     throw new MemoryError({ message: `${what} does not start on a page, or is empty` });
   }
   try {
-    return native.mmap(fd, fileOffset, size, true);
+    return native.mmap(fd, fileOffset, size, true, reserve);
   } catch (error) {
     throw new MemoryError({ message: `${what} cannot be mapped: ${(error as Error).message}` });
   }

@@ -12,7 +12,7 @@ import type { DescriptorChain } from "./chain.ts";
 import type { QueueLayout } from "./split-queue.ts";
 
 /** Device ids (Virtual I/O Device 1.2, section 5). */
-export const DEVICE_ID = { NET: 1, BLOCK: 2, CONSOLE: 3, RNG: 4, FS: 26 } as const;
+export const DEVICE_ID = { NET: 1, BLOCK: 2, CONSOLE: 3, RNG: 4, BALLOON: 5, FS: 26 } as const;
 
 /** A started queue, as its device sees it. */
 export interface QueuePort {
@@ -23,6 +23,7 @@ export interface QueuePort {
   readonly segmentsMax: number;
   /** The features that the driver accepted. */
   readonly features: bigint;
+  readonly memory: GuestMemory;
   readonly loop: EventLoop;
   /** Whether the driver has made something available that was not taken; a plain look. */
   readonly hasAvailable: boolean;

@@ -65,7 +65,7 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly counters: QueueCounters;
 
   readonly #queue: SplitQueue;
-  readonly #memory: GuestMemory;
+  readonly memory: GuestMemory;
   readonly #notify: () => void;
   readonly #service: QueueService;
   readonly #signalAfter: number;
@@ -88,7 +88,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.name = start.layout.name;
     this.index = start.index;
     this.features = start.layout.features;
-    this.#memory = start.memory;
+    this.memory = start.memory;
     this.#notify = start.notify;
     this.counters = start.counters;
     this.#latency = start.counters.latency;
@@ -160,7 +160,7 @@ export class QueueRunner implements LoopMember, QueuePort {
   #break(rule: VirtqueueFault): void {
     if (this.#fault !== undefined) return;
     // Lost memory reads as zeroes, which break many a rule: the loss is what the user has to know.
-    const fault = this.#memory.isLost
+    const fault = this.memory.isLost
       ? new VirtqueueFault({
           queue: this.name,
           reason: "the front-end shortened the file behind its guest memory",
@@ -249,12 +249,12 @@ export class QueueRunner implements LoopMember, QueuePort {
     if (queue.unpublished > 0) this.#publish();
     if (queue.unsignalled > 0) this.#signal();
     if (!idle) {
-      if (this.#memory.isLost) this.fail("its guest memory is lost");
+      if (this.memory.isLost) this.fail("its guest memory is lost");
       return "wait";
     }
     // A device that declined has its own reason to wake; until then a kick would tell it nothing.
     const more = this.#fault === undefined && !this.#declined && queue.enableNotifications();
-    if (this.#memory.isLost) {
+    if (this.memory.isLost) {
       this.fail("its guest memory is lost");
     } else if (more) {
       queue.disableNotifications();
@@ -285,10 +285,10 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly stop: Effect.Effect<void> = Effect.callback<void>((resume) => {
     const drained = (): void => {
       this.#drained = undefined;
-      if (!this.#memory.isLost) this.settle(false);
+      if (!this.memory.isLost) this.settle(false);
       this.#service.release();
       this.#latency?.forget();
-      this.#memory.unpin();
+      this.memory.unpin();
       resume(Effect.void);
     };
     this.#state = "stopping";

@@ -2,6 +2,7 @@
  * Every device there is, on the stand-in queue, with a driver for each of its queues: for tests of what has to hold
  * whatever the device. A new device is one more entry in `subjects`.
  */
+import { BALLOON_F_REPORTING, BalloonDevice } from "../../src/device/balloon.ts";
 import { BlockDevice } from "../../src/device/block.ts";
 import { ConsoleDevice, type ConsolePort } from "../../src/device/console.ts";
 import { HostInput } from "../../src/device/host-input.ts";
@@ -74,6 +75,8 @@ function makeConsole(ports: number): Subject["make"] {
   };
 }
 
+const makeBalloon = (): Made => ({ device: new BalloonDevice("balloon"), provoke: still });
+
 const writable = (driver: MockDriver): number => driver.offer(driver.writable(256));
 const readable = (driver: MockDriver): number => driver.offer(driver.readable(new Uint8Array(64).fill(0x41)));
 const diskRead = (driver: MockDriver): number =>
@@ -84,6 +87,12 @@ const netControl = (driver: MockDriver): number =>
 /** DEVICE_READY. */
 const consoleControl = (driver: MockDriver): number =>
   driver.offer(driver.readable(Uint8Array.of(0, 0, 0, 0, 0, 0, 1, 0)));
+
+/** Pages 5, 6 and 9. */
+const balloonPages = (driver: MockDriver): number =>
+  driver.offer(driver.readable(Uint8Array.of(5, 0, 0, 0, 6, 0, 0, 0, 9, 0, 0, 0)));
+const freeMemory = (driver: MockDriver): number =>
+  driver.offer({ address: 0xc0000, length: 0x8000, writable: true }, driver.writable(100));
 
 const NET_FEATURES = NET_F_MRG_RXBUF | NET_F_CTRL_VQ;
 
@@ -105,6 +114,15 @@ export const subjects: readonly Subject[] = [
     offer: consoleControl,
   },
   { name: "ports, output", index: 5, features: 2n, make: makeConsole(4), offer: readable },
+  { name: "balloon, inflation", index: 0, features: 0n, make: makeBalloon, offer: balloonPages },
+  { name: "balloon, deflation", index: 1, features: 0n, make: makeBalloon, offer: balloonPages },
+  {
+    name: "balloon, reports",
+    index: 2,
+    features: BALLOON_F_REPORTING,
+    make: makeBalloon,
+    offer: freeMemory,
+  },
 ];
 
 /** Queues that take a chain only when they have something for it, which `provoke` may not bring. */
@@ -123,7 +141,8 @@ export class Stage {
     this.subject = subject;
     this.#features = features | subject.features;
     this.made = subject.make(this.rig);
-    const layout = { guestBase: 0, size: MEMORY_BYTES, userBase: 0x7f0000000000, fileOffset: 0 };
+    const holeFd = this.rig.queue.open(new MemoryFile(new Uint8Array(MEMORY_BYTES)));
+    const layout = { guestBase: 0, size: MEMORY_BYTES, userBase: 0x7f0000000000, fileOffset: 0, holeFd };
     this.memory = new GuestMemory([new MemoryRegion(fd, layout)]);
   }
 
@@ -165,10 +184,21 @@ export class Stage {
     return address < region.hostBase + region.size && address + length > region.hostBase;
   }
 
-  /** Operations that reach beyond the guest's memory. */
+  /** Operations that reach beyond the guest's memory, and holes in its file that do. */
   outside(): string[] {
     const [region] = this.memory.regions;
     const end = region.hostBase + region.size;
+    const holes = this.rig.queue.started
+      .filter(({ kind, fd }) => kind === "allocate" && fd === region.holeFd)
+      .filter(
+        ({ offset, length }) => offset % 4096 !== 0 || length % 4096 !== 0 || offset + length > MEMORY_BYTES,
+      )
+      .map(({ offset, length }) => `hole at 0x${offset.toString(16)} + ${length}`);
+    return [...holes, ...this.#outsideBuffers(end)];
+  }
+
+  #outsideBuffers(end: number): string[] {
+    const [region] = this.memory.regions;
     return this.rig.queue.started
       .flatMap(({ buffers }) => buffers)
       .filter((buffer) => this.#touches(buffer))

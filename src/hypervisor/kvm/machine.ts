@@ -5,15 +5,14 @@
  * Addresses: memory from 0 (up to 3 GiB) and from 4 GiB on; in the hole between them BARs, then the interrupt
  * controllers of the kernel.
  */
-import * as fs from "node:fs";
 import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { AcpiMachine } from "../../boot/acpi.ts";
 import { RESET_VALUE, SLEEP_ENABLE, SLEEP_TYPE_OFF } from "../../boot/acpi.ts";
-import { HOLE_START, splitMemory } from "../../boot/pc.ts";
+import { HOLE_START } from "../../boot/pc.ts";
 import type { EventLoop } from "../../loop/event-loop.ts";
-import { GuestMemory, MemoryRegion } from "../../memory/guest-memory.ts";
+import type { GuestMemory } from "../../memory/guest-memory.ts";
 import { check, native } from "../../native.ts";
 import { PCI_PORT, PCI_PORTS, PciRoot } from "../../transport/pci/root.ts";
 import { BAR_BYTES, VirtioPci } from "../../transport/pci/virtio-pci.ts";
@@ -23,6 +22,7 @@ import { Bus, written } from "./bus.ts";
 import { type CpuEntry, setEntry, setLocalInterrupts, setMsrs } from "./cpu-state.ts";
 import { filterCpuid } from "./cpuid.ts";
 import { CAP, EXIT, KVM, kvmCall } from "./ioctls.ts";
+import { mapMemory, openMemoryFile } from "./memory.ts";
 import { SERIAL_INTERRUPT, SERIAL_PORT, SERIAL_PORTS, SerialPort } from "./serial.ts";
 import { type Access, type CpuEnd, type ExitCounters, Vcpus } from "./vcpus.ts";
 import { Vm } from "./vm.ts";
@@ -93,12 +93,13 @@ export interface Machine {
 export function runMachine(options: MachineOptions): Effect.Effect<Machine, Error, Scope.Scope> {
   return Effect.gen(function* () {
     const bytes = options.memoryMiB * 2 ** 20;
+    const hugePages = options.hugePages ?? false;
     const memoryFile = yield* acquire(
-      () => openMemoryFile(bytes, options.hugePages ?? false),
+      () => openMemoryFile(bytes, hugePages),
       (fd) => Effect.sync(() => native.close(fd)),
     );
     const memory = yield* acquire(
-      () => mapMemory(memoryFile, bytes),
+      () => mapMemory(memoryFile, bytes, hugePages),
       (one) => Effect.sync(() => one.close()),
     );
     const vm = yield* acquire(
@@ -138,48 +139,6 @@ const attempt = <A>(body: () => A): Effect.Effect<A, Error> =>
 
 const acquire = <A>(make: () => A, release: (one: A) => Effect.Effect<void>) =>
   Effect.acquireRelease(attempt(make), release);
-
-function mapMemory(fd: number, bytes: number): GuestMemory {
-  const regions: MemoryRegion[] = [];
-  try {
-    let fileOffset = 0;
-    for (const part of splitMemory(bytes)) {
-      regions.push(
-        new MemoryRegion(fd, {
-          guestBase: part.address,
-          size: part.bytes,
-          userBase: part.address,
-          fileOffset,
-        }),
-      );
-      fileOffset += part.bytes;
-    }
-    return new GuestMemory(regions);
-  } catch (error) {
-    for (const region of regions) region.close();
-    throw error;
-  }
-}
-
-function openMemoryFile(bytes: number, hugePages: boolean): number {
-  if (!hugePages) return native.memfd("guest", bytes);
-  const free = freeHugeBytes(fs.readFileSync("/proc/meminfo", "utf8"));
-  // A page that is not there would be a SIGBUS when it is touched.
-  if (free < bytes) {
-    throw new Error(
-      `--memory-backend=hugepages: ${bytes / 2 ** 20} MiB are needed, ${Math.floor(free / 2 ** 20)} MiB are free ` +
-        "in huge pages; reserve some: sysctl vm.nr_hugepages=N",
-    );
-  }
-  return native.memfd("guest", bytes, true);
-}
-
-/** By /proc/meminfo (proc(5)). */
-export function freeHugeBytes(meminfo: string): number {
-  const number = (name: string): number =>
-    Number(new RegExp(`^${name}:\\s*(\\d+)`, "m").exec(meminfo)?.[1] ?? 0);
-  return (number("HugePages_Free") - number("HugePages_Rsvd")) * number("Hugepagesize") * 1024;
-}
 
 function plugDevices(
   { loop, devices, report, trace }: MachineOptions,

@@ -78,6 +78,7 @@ export interface TinyOptions {
   readonly source: string;
   readonly cpus?: number;
   readonly memoryMiB?: number;
+  readonly hugePages?: boolean;
   readonly devices?: readonly MachineDevice[];
   readonly prepare?: (memory: GuestMemory) => void;
 }
@@ -113,6 +114,7 @@ export function startTiny(
       exits,
       loop,
       memoryMiB: options.memoryMiB ?? 4,
+      hugePages: options.hugePages ?? false,
       cpus: options.cpus ?? 1,
       devices: options.devices ?? [],
       load,
