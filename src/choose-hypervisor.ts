@@ -4,7 +4,9 @@ import * as Effect from "effect/Effect";
 import { isPcKernel } from "./boot/kernel-image.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import type { Services } from "./devices.ts";
+import { whyNoHostRoot } from "./host-root.ts";
 import { probeKvm } from "./hypervisor/kvm/probe.ts";
+import { findKvmKernel } from "./hypervisor/kvm-kernel.ts";
 import { RunError } from "./run-error.ts";
 import { canRunLguest } from "./run-lguest.ts";
 
@@ -22,8 +24,11 @@ export function chooseHypervisor(
     if (hypervisor === "auto") {
       if (canRunLguest(command)) return "lguest";
       if (!needsKvm(command)) {
-        reporter.trace?.(`User-Mode Linux runs this guest: ${yield* whyNotKvm(opened.loop, command)}`);
-        return "uml";
+        const why = yield* whyNotKvm(opened.loop, command);
+        reporter.trace?.(
+          why === undefined ? "KVM runs this guest" : `User-Mode Linux runs this guest: ${why}`,
+        );
+        return why === undefined ? "kvm" : "uml";
       }
     }
     // Who asks for KVM has no other choice, and waits for a slow one.
@@ -46,12 +51,21 @@ function whoNeedsKvm({ hypervisor, kernel, cpus, hugePages }: RunCommand): strin
   return `the kernel ${kernel?.path} needs KVM`;
 }
 
-/** For --verbose; the default guest's root, this host's files, is there under User-Mode Linux only. */
-function whyNotKvm(loop: Services["opened"]["loop"], { kernel }: RunCommand): Effect.Effect<string> {
-  if (kernel !== undefined) return Effect.succeed("the kernel is no PC's");
-  return Effect.map(probeKvm(loop), (probe) =>
-    probe.usable ? "KVM would work, but gives the default guest no host files yet" : probe.reason,
-  );
+/**
+ * What is missing for the default guest on KVM, or undefined. Nothing is fetched for a choice; KVM is tried last, because
+ * that takes its time.
+ */
+function whyNotKvm(loop: Services["opened"]["loop"], command: RunCommand): Effect.Effect<string | undefined> {
+  return Effect.gen(function* () {
+    if (command.kernel !== undefined) return "the kernel is no PC's";
+    if (process.arch !== "x64") return "KVM is for 64-bit x86 processes";
+    const kernel = yield* findKvmKernel();
+    if (kernel === undefined) return "no kernel for KVM is here";
+    const noRoot = yield* whyNoHostRoot(command, kernel);
+    if (noRoot !== undefined) return noRoot;
+    const probe = yield* probeKvm(loop);
+    return probe.usable ? undefined : probe.reason;
+  });
 }
 
 /** Enough to see what a file is. A file that cannot be read is for somebody else to complain about. */

@@ -3,11 +3,13 @@ import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { GuestRoot } from "./boot/initramfs.ts";
+import { resolveModules } from "./boot/modules.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { checkRoot } from "./default-guest.ts";
 import { FS_QUEUES, fsConfig } from "./device/fs.ts";
-import { openVirtiofsd, type VirtiofsdError } from "./device/virtiofsd.ts";
+import { findVirtiofsd, openVirtiofsd, type VirtiofsdError, virtiofsdHindrance } from "./device/virtiofsd.ts";
 import type { Services } from "./devices.ts";
+import type { KvmKernel } from "./hypervisor/kvm-kernel.ts";
 import type { RunError } from "./run-error.ts";
 import { VhostUserDevice } from "./transport/vhost-user/remote-device.ts";
 import { DEVICE_ID, type RemoteDevice } from "./virtio/device.ts";
@@ -32,6 +34,20 @@ export const rootName = (command: RunCommand): string =>
   isRootNamed(command)
     ? `--root=${command.root.dir}${command.root.writable ? ",rw" : ""}`
     : "the default guest's root";
+
+/** Why this kernel's default guest cannot have the host's files as its root here, as far as a look tells. */
+export function whyNoHostRoot(command: RunCommand, kernel: KvmKernel): Effect.Effect<string | undefined> {
+  if (findVirtiofsd() === undefined) return Effect.succeed("virtiofsd, for its root on KVM, is not here");
+  const hindrance = virtiofsdHindrance();
+  if (hindrance !== undefined) return Effect.succeed(`virtiofsd, for its root on KVM: ${hindrance}`);
+  if (kernel.modules === undefined) return Effect.succeed(undefined);
+  return resolveModules(kernel.modules, hostRootModules(command)).pipe(
+    Effect.map(({ missing }) =>
+      missing.length === 0 ? undefined : `the kernel ${kernel.path} has no driver ${missing.join(", ")}`,
+    ),
+    Effect.catch((error) => Effect.succeed(error.message)),
+  );
+}
 
 export function openHostRoot(
   { opened, reporter }: Services,

@@ -109,7 +109,7 @@ export const launch = (
     "--import=tsx",
     "src/main.ts",
   ];
-  const chosen = args[0] === "doctor" ? [] : completionOption();
+  const chosen = args[0] === "doctor" ? [] : [...completionOption(), ...hypervisorOption(args)];
   const child = spawn(words[0], [...words.slice(1), ...withOptions(args, chosen)], {
     cwd: checkout,
     stdio: [options.stdin === "pipe" ? "pipe" : "ignore", "pipe", "pipe"],
@@ -154,6 +154,10 @@ export const launch = (
       ),
   };
 };
+
+/** On a host with a KVM of its own, "auto" might choose that. */
+const hypervisorOption = (args: readonly string[]): string[] =>
+  args[0] === "serve" || args.some((word) => word.startsWith("--hypervisor=")) ? [] : ["--hypervisor=uml"];
 
 /** Options stand before the first positional argument, and behind the name of a command. */
 const withOptions = (args: readonly string[], options: readonly string[]): string[] =>

@@ -17,7 +17,6 @@ echo "status $?"; cat /etc/name
 mkdir -p /run/shared/bin; cp /bin/busybox /run/shared/bin/; ln -s busybox /run/shared/bin/sh
 loopguest --root=/run/shared,rw --exec='/bin/busybox touch /made && echo to the host > /text'
 echo "rw $?"; stat -c 'made by %u' /run/shared/made; cat /run/shared/text
-ls -A /run/shared
 pidof virtiofsd || echo no virtiofsd is left
 `,
     { timeoutMs: 840_000, cpus: 2 },
@@ -25,12 +24,10 @@ pidof virtiofsd || echo no virtiofsd is left
   t.is(result.status, 0, result.transcript);
   t.deepEqual(
     result.lines.filter((line) => !line.startsWith("[")),
-    ["the name", "on a mount", "changed", "status 7", "the name", "rw 0", "made by 0", "to the host"].concat([
-      "bin",
-      "made",
-      "text",
-      "no virtiofsd is left",
-    ]),
+    [
+      ...["the name", "on a mount", "changed", "status 7", "the name"],
+      ...["rw 0", "made by 0", "to the host", "no virtiofsd is left"],
+    ],
     result.transcript,
   );
 });
