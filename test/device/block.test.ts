@@ -913,3 +913,21 @@ test("direct: what a short read leaves goes on through the page cache", (t) => {
   t.is(rig.queue.started[0].fd, directFd);
   t.true(rig.queue.started.slice(1).every(({ fd, offset }) => fd === disk.fd || offset % 4096 === 0));
 });
+
+test("direct: the disk begins with the first requests of a batch while the rest is prepared", (t) => {
+  const submitsFor = (isDirect: boolean): number => {
+    const rig = new Rig();
+    const file = new MemoryFile(new Uint8Array(64 * SECTOR));
+    const disk = memoryDisk(rig.queue, file, isDirect ? { directFd: rig.queue.open(file) } : {});
+    const driver = new MockDriver(makeMemory(), { features: FEATURES, size: 128 });
+    const running = rig.start(new BlockDevice("vda", disk), driver);
+    for (let i = 0; i < 28; i++) new Request(driver, BLK_T.IN, i, { in: SECTOR });
+    running.kick();
+    rig.run();
+    t.is(rig.queue.counters.submitted, 28);
+    return rig.queue.counters.enters;
+  };
+  // Batches of 4, 8 and 16.
+  t.is(submitsFor(false), 3);
+  t.is(submitsFor(true), 7);
+});
