@@ -9,14 +9,17 @@
  * The process sleeps in native-shim/sleep.c, never here; a turn only says whether more work is known.
  */
 import type { CompletionQueue } from "./completion-queue.ts";
+import { fullFence } from "./ordering.ts";
 import type { LoopScheduler } from "./scheduler.ts";
 
 export interface LoopMember {
   /** Takes the next bounded batch of work. Returns how much there was; 0: nothing. */
   work(): number;
+  /** Publishes results; a full fence, and settle, follow. */
+  publish?(): void;
   /**
-   * Publishes results and interrupts where the guest wants it. With `idle`, also prepares to be woken
-   * (notifications on) and looks once more for a late arrival.
+   * Publishes what is left, and interrupts where the guest wants it. With `idle`, also prepares to be woken (notifications on) and looks once
+   * more for a late arrival.
    *
    * @returns "more": there is work again; "wait": nothing now, results are outstanding; "cold": nothing at all
    */
@@ -196,6 +199,9 @@ export class EventLoop {
     this.#workSinceSettle = 0;
     let more = false;
     const hot = this.#hot;
+    // One fence for all: it is what costs.
+    for (let i = 0; i < this.#hotCount; i++) hot[i].publish?.();
+    fullFence();
     for (let i = 0; i < this.#hotCount; i++) {
       const member = hot[i];
       const state = member.settle(idle);

@@ -8,6 +8,7 @@
  */
 import * as Effect from "effect/Effect";
 import type { EventLoop, LoopMember } from "../loop/event-loop.ts";
+import { fullFence } from "../loop/ordering.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
 import type { QueuePort, QueueService, VirtioDevice } from "./device.ts";
@@ -210,7 +211,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     const waits = queue.isArmed();
     if (waits && queue.unsignalled < this.#signalAfter && this.loop.isHolding) return;
     this.#publish();
-    if (waits && queue.unsignalled >= this.#signalAfter) this.#signal();
+    if (waits && queue.unsignalled >= this.#signalAfter) this.#signal(false);
   }
 
   owes(): boolean {
@@ -244,10 +245,16 @@ export class QueueRunner implements LoopMember, QueuePort {
     return served;
   }
 
+  publish(): void {
+    if (this.#queue.unpublished > 0) this.#publish();
+  }
+
   settle(idle: boolean): "more" | "wait" | "cold" {
     const queue = this.#queue;
-    if (queue.unpublished > 0) this.#publish();
-    if (queue.unsignalled > 0) this.#signal();
+    // What another member's settle has completed since publish.
+    const isFenced = queue.unpublished === 0;
+    if (!isFenced) this.#publish();
+    if (queue.unsignalled > 0) this.#signal(isFenced);
     if (!idle) {
       if (this.memory.isLost) this.fail("its guest memory is lost");
       return "wait";
@@ -269,8 +276,8 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#queue.publish();
   }
 
-  #signal(): void {
-    if (this.#queue.shouldInterrupt()) {
+  #signal(isFenced: boolean): void {
+    if (this.#queue.shouldInterrupt(isFenced)) {
       this.counters.interrupts++;
       this.#notify();
     } else {
@@ -285,7 +292,11 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly stop: Effect.Effect<void> = Effect.callback<void>((resume) => {
     const drained = (): void => {
       this.#drained = undefined;
-      if (!this.memory.isLost) this.settle(false);
+      if (!this.memory.isLost) {
+        this.publish();
+        fullFence();
+        this.settle(false);
+      }
       this.#service.release();
       this.#latency?.forget();
       this.memory.unpin();

@@ -4,11 +4,12 @@
  * Everything in the rings is the guest's to rewrite at any moment. So each field is read once, into a local
  * variable, then checked, then used; what was checked is never read again.
  *
- * Plain typed-array accesses everywhere but in three places, which are Atomics because their order matters:
- * publishing used.idx after its elements, re-enabling notifications before looking at avail.idx again, and
- * reading the guest's suppression words after used.idx was published.
+ * Plain typed-array accesses everywhere but in four places where their order matters (see loop/ordering.ts): reading
+ * avail.idx before its entries, publishing used.idx after its elements, re-enabling notifications before looking at
+ * avail.idx again, and reading the guest's suppression words after used.idx was published.
  */
 import * as Data from "effect/Data";
+import { fullFence, loadAcquire, storeRelease } from "../loop/ordering.ts";
 import {
   type GuestMemory,
   type MemoryRegion,
@@ -149,7 +150,7 @@ export class SplitQueue {
    * @throws VirtqueueFault when the index jumped by more than the queue size
    */
   countAvailable(): number {
-    const index = Atomics.load(this.#available, 1);
+    const index = loadAcquire(this.#available, 1);
     const count = (index - this.nextAvailable) & 0xffff;
     if (count > this.size) {
       const reason = `available index ${index} is ${count} ahead of ${this.nextAvailable}, more than the queue size ${this.size}`;
@@ -366,7 +367,7 @@ export class SplitQueue {
   publish(): void {
     const before = this.#publishedUsed;
     this.#publishedUsed = this.nextUsed;
-    Atomics.store(this.#used, 1, this.nextUsed);
+    storeRelease(this.#used, 1, this.nextUsed);
     this.#inflight?.published(before, this.nextUsed);
   }
 
@@ -382,12 +383,14 @@ export class SplitQueue {
   /**
    * Decides, after publish, whether to interrupt (section 2.7.7.2, 2.7.7.1 without EVENT_IDX), and counts the
    * published elements as signalled. Order: the suppression word is read after used.idx was published, or a
-   * driver that re-enables interrupts in between would be forgotten.
+   * driver that re-enables interrupts in between would be forgotten; `isFenced`: somebody has made a full fence
+   * since publish.
    */
-  shouldInterrupt(): boolean {
+  shouldInterrupt(isFenced = false): boolean {
+    if (!isFenced) fullFence();
     const wanted = this.#eventIdx
-      ? this.#crossed(Atomics.load(this.#available, 2 + this.size)) || !this.#signalledBefore
-      : (Atomics.load(this.#available, 0) & AVAIL_F_NO_INTERRUPT) === 0;
+      ? this.#crossed(loadAcquire(this.#available, 2 + this.size)) || !this.#signalledBefore
+      : (loadAcquire(this.#available, 0) & AVAIL_F_NO_INTERRUPT) === 0;
     const empty = this.#notifyOnEmpty && this.#takenCount === 0 && !this.hasAvailable();
     this.#signalledUsed = this.#publishedUsed;
     if (wanted) this.#signalledBefore = true;
@@ -414,7 +417,7 @@ export class SplitQueue {
   enableNotifications(): boolean {
     if (this.#eventIdx) Atomics.store(this.#used, 2 + 4 * this.size, this.nextAvailable);
     else Atomics.store(this.#used, 0, 0);
-    return Atomics.load(this.#available, 1) !== this.nextAvailable;
+    return loadAcquire(this.#available, 1) !== this.nextAvailable;
   }
 
   #fault(reason: string): VirtqueueFault {
