@@ -1,34 +1,95 @@
-/** The ways in which a guest on KVM ends or begins again. */
+/** The ways in which a guest on KVM ends or begins again, and what is left of it: nothing. */
+import { resolve } from "node:path";
 import { testWith } from "../guest/prerequisites.ts";
-import { runWithLoopguest } from "./launch.ts";
+import { quoted, runWithLoopguest } from "./launch.ts";
 import { rigPrograms } from "./rig.ts";
 
-const test = testWith(...rigPrograms);
+const test = testWith(...rigPrograms, ["ip", "iproute2"], ["flock", "util-linux"], ["python3", "python3"]);
 
-test("a guest that reboots runs again; one that powers off early, or whose launcher is killed, is gone", async (t) => {
-  t.timeout(900_000);
+const expect = resolve(import.meta.dirname, "expect.py");
+
+test("a guest that reboots runs again; one that powers off early or panics says so", async (t) => {
+  t.timeout(1_200_000);
   const twice =
     'test "$(head -c 4 /dev/vda)" = mark && exit 5; printf mark > /dev/vda; sync; reboot -f; sleep 1000';
   const result = await runWithLoopguest(
     t,
     () => `
 truncate -s 1M /run/disk
-loopguest --block=/run/disk --exec='${twice}'
+limit 500 loopguest --block=/run/disk --exec='${twice}'
 echo "reboot $?"
-loopguest --exec='echo early; poweroff -f; sleep 1000' 2>&1
+limit 300 loopguest --exec='echo early; poweroff -f; sleep 1000' 2>&1
 echo "poweroff $?"
-loopguest --exec='echo runs; sleep 1000' > /run/out 2>&1 &
-while ! grep -q runs /run/out; do sleep 1; done
-pid=$(pidof -s ${process.execPath}); kill -9 $pid; wait
-ls /proc/$pid 2>/dev/null || echo "killed and gone"
+limit 300 loopguest --exec='echo c > /proc/sysrq-trigger' 2>&1
+echo "panic $?"
 `,
-    { timeoutMs: 840_000, cpus: 2 },
+    { timeoutMs: 1_100_000 },
   );
-  for (const line of ["reboot 5", "early", "poweroff 1", "killed and gone"]) {
+  for (const line of ["reboot 5", "early", "poweroff 1", "panic 1"]) {
     t.true(result.lines.includes(line), `${line}\n${result.transcript}`);
   }
-  t.true(
-    result.lines.some((line) => line.includes("the guest powered off before the command ended")),
-    result.transcript,
+  for (const what of [
+    "the guest powered off before the command ended",
+    "the guest panicked: Kernel panic - not syncing: sysrq triggered crash",
+  ]) {
+    t.true(
+      result.lines.some((line) => line.includes(what)),
+      result.transcript,
+    );
+  }
+});
+
+test("a launcher that is ended or killed leaves no process, no lock and no network card", async (t) => {
+  t.timeout(1_200_000);
+  const result = await runWithLoopguest(
+    t,
+    () => `
+truncate -s 1M /run/disk
+for signal in TERM KILL; do
+  rm -f /run/out; : > /run/out
+  ps -e -o comm= | sort > /run/before
+  loopguest --block=/run/disk --tunnet=192.168.77.1 --exec='echo runs; sleep 10000' > /run/out 2>&1 &
+  launcher=$!
+  waited=0; while ! grep -q runs /run/out && [ $waited -lt 300 ]; do sleep 1; waited=$((waited + 1)); done
+  ls /sys/class/net | grep -v lo
+  flock -n /run/disk true || echo "$signal: locked while it runs"
+  kill -$signal $launcher; wait $launcher
+  echo "$signal $?"
+  flock -n /run/disk echo "$signal: no lock"
+  ls /sys/class/net | grep -qv lo || echo "$signal: no card"
+  ps -e -o comm= | sort | comm -13 /run/before - | grep -v kworker | grep -q 'node\\|vcpu' || echo "$signal: no process"
+done
+cat /run/out
+`,
+    { timeoutMs: 1_100_000 },
   );
+  for (const signal of ["TERM", "KILL"]) {
+    const status = signal === "TERM" ? 143 : 137;
+    for (const line of [`${status}`, ": locked while it runs", ": no lock", ": no card", ": no process"]) {
+      const whole = line.startsWith(":") ? signal + line : `${signal} ${line}`;
+      t.true(result.lines.includes(whole), `${whole}\n${result.transcript}`);
+    }
+  }
+});
+
+test("three ^C within a second leave with 130 and the terminal as it was", async (t) => {
+  t.timeout(900_000);
+  const steps = [
+    "wait 500 [#$] $",
+    "type echo he''llo\\r",
+    "wait 60 ^hello",
+    "type \\003\\003\\003",
+    "",
+  ].join("\n");
+  const result = await runWithLoopguest(
+    t,
+    () => `
+printf '%s' ${quoted(steps)} > /run/steps
+python3 ${quoted(expect)} /run/steps loopguest
+`,
+    { timeoutMs: 800_000 },
+  );
+  for (const line of ["hello", "left with 130", "terminal as before"]) {
+    t.true(result.lines.includes(line), `${line}\n${result.transcript}`);
+  }
 });

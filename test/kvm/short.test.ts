@@ -1,6 +1,6 @@
 /**
- * Debian's kernel on real KVM, in the emulated machine of rig.ts: the short form. One guest does all that is quick, the
- * other panics.
+ * Debian's kernel on real KVM, in the emulated machine of rig.ts or on this machine's own: the short form, one guest with
+ * a disk and entropy.
  */
 import { testWith } from "../guest/prerequisites.ts";
 import { runWithLoopguest } from "./launch.ts";
@@ -8,8 +8,8 @@ import { rigPrograms } from "./rig.ts";
 
 const test = testWith(...rigPrograms);
 
-test("Debian's kernel boots on KVM, uses its devices, and ends as it should", async (t) => {
-  t.timeout(600_000);
+test("Debian's kernel boots on KVM, uses its devices by MSI-X, and its command's status is the launcher's", async (t) => {
+  t.timeout(900_000);
   const command = [
     "grep -c ^processor /proc/cpuinfo",
     "cat /proc/interrupts",
@@ -23,14 +23,13 @@ test("Debian's kernel boots on KVM, uses its devices, and ends as it should", as
     t,
     () => `
 head -c 1048576 /dev/urandom > /run/disk; sha256sum < /run/disk
-loopguest --block=/run/disk --rng --stats=/run/stats --exec='${command}' 2>/run/stderr
+limit 600 loopguest --block=/run/disk --rng --stats=/run/stats --exec='${command}' 2>/run/stderr
 echo "status $?"; cat /run/stderr
 head -c 1048576 /dev/zero | cmp - /run/disk && echo zeroes
 echo "stats $(tail -n 1 /run/stats)"
-loopguest --exec='echo c > /proc/sysrq-trigger' 2>&1 | grep panicked
 exit 3
 `,
-    { timeoutMs: 540_000, cpus: 2 },
+    { timeoutMs: 800_000 },
   );
   const { lines } = result;
   t.is(result.status, 3, result.transcript);
@@ -46,11 +45,6 @@ exit 3
       `${name} by MSI-X\n${result.transcript}`,
     );
   }
-  t.true(
-    rest.some((line) =>
-      line.includes("the guest panicked: Kernel panic - not syncing: sysrq triggered crash"),
-    ),
-  );
   checkExits(rest);
 
   /** 32 requests to the disk went their way, and none of them through this process as an access. */
