@@ -58,7 +58,7 @@ interface Stats {
   readonly devices: ReadonlyArray<{
     readonly name: string;
     readonly exits?: { readonly ports: number; readonly memory: number };
-    readonly queues: ReadonlyArray<{ readonly kicks: number; readonly completions: number }>;
+    readonly queues: ReadonlyArray<{ readonly chains: number }>;
   }>;
 }
 
@@ -116,7 +116,7 @@ function checkDataPath(t: ExecutionContext, all: readonly Stats[]): void {
     stats.devices
       .filter((device) => device.name === name)
       .flatMap(({ queues }) => queues)
-      .reduce((sum, { completions }) => sum + completions, 0);
+      .reduce((sum, { chains }) => sum + chains, 0);
   const exits = (stats: Stats): number => {
     const { ports = 0, memory = 0 } = stats.devices.find(({ name }) => name === "cpus")?.exits ?? {};
     return ports + memory;

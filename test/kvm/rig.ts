@@ -69,7 +69,10 @@ export interface RigResult {
 const begin = "----- the script begins";
 const end = "----- the script ends with ";
 const alive = "----- alive";
-/** L1 says every few seconds that it is alive. When it has not for so long, on however busy a host, QEMU hangs. */
+/**
+ * L1 says every few seconds that it is alive. When it has not for so long QEMU hangs; time in which one of its threads
+ * waited for a processor of a busy host does not count.
+ */
 const SILENCE_MS_MAX = 120_000;
 
 const metapackage = "linux-image-amd64";
@@ -107,7 +110,7 @@ export const runRig = async (t: ExecutionContext, options: RigOptions): Promise<
   if (hasHardwareKvm) return runHere(t, folder, options);
   const first = await runEmulated(t, folder, options);
   if (first !== undefined) return first;
-  t.log("QEMU hung: nothing was heard of its machine for two minutes. It is begun once more.");
+  t.log("QEMU hung: nothing was heard of its machine for two minutes. Another one is begun.");
   const second = await runEmulated(t, folder, options);
   if (second === undefined) throw new Error("QEMU hung twice");
   return second;
@@ -142,24 +145,40 @@ class Output {
 const finish = async (machine: Child, output: Output, timeoutMs: number): Promise<RigResult | undefined> => {
   const transcript = (): string => `${machine.stdout()}\n${machine.stderr()}`;
   const stop = new AbortController();
-  const silent = async (): Promise<undefined> => {
-    while (performance.now() - output.lastSignOfLife < SILENCE_MS_MAX) {
-      await sleep(1000, undefined, { signal: stop.signal });
-    }
-  };
   const late = (): string => `the machine has not powered off\n${transcript()}`;
   try {
-    const exit = await within(
-      timeoutMs,
-      late,
-      Promise.race([machine.exited, silent().catch(() => undefined)]),
-    );
+    const silent = untilSilent(machine, output, stop.signal).catch(() => undefined);
+    const exit = await within(timeoutMs, late, Promise.race([machine.exited, silent]));
     if (exit === undefined) return undefined;
     return { exit, lines: output.lines, status: output.status, transcript: transcript() };
   } finally {
     stop.abort();
     await machine.kill();
   }
+};
+
+/** Completes when nothing was heard for {@link SILENCE_MS_MAX}. */
+const untilSilent = async (machine: Child, output: Output, signal: AbortSignal): Promise<undefined> => {
+  let heard = -1;
+  let waitedBefore = 0;
+  for (;;) {
+    const waited = await waitedForCpuMs(machine.process.pid ?? 0);
+    if (output.lastSignOfLife !== heard) {
+      heard = output.lastSignOfLife;
+      waitedBefore = waited;
+    } else if (performance.now() - heard - (waited - waitedBefore) > SILENCE_MS_MAX) return;
+    await sleep(1000, undefined, { signal });
+  }
+};
+
+/** How long the thread that waited longest has waited for a processor (proc/<pid>/schedstat, Documentation/scheduler). */
+const waitedForCpuMs = async (pid: number): Promise<number> => {
+  const tasks = await fs.readdir(`/proc/${pid}/task`).catch(() => []);
+  const waits = tasks.map(async (task) => {
+    const line = await fs.readFile(`/proc/${pid}/task/${task}/schedstat`, "utf8").catch(() => "");
+    return Number(line.split(" ")[1] ?? 0) / 1e6;
+  });
+  return Math.max(0, ...(await Promise.all(waits)));
 };
 
 const runEmulated = async (
