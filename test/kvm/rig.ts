@@ -22,7 +22,7 @@ import { findOnPath, type Program } from "../guest/prerequisites.ts";
 
 /** Real KVM, as the processor says; a /dev/kvm alone may be one that only emulates. */
 const hasHardwareKvm = ((): boolean => {
-  if (process.env.LOOPGUEST_TEST_KVM === "emulated") return false;
+  if (process.env.LOOPGUEST_TEST_KVM_EMULATED === "1") return false;
   try {
     accessSync("/dev/kvm", constants.R_OK | constants.W_OK);
     return /^flags\s*:.*\b(vmx|svm)\b/m.test(readFileSync("/proc/cpuinfo", "utf8"));
