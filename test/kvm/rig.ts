@@ -122,19 +122,27 @@ class Output {
   status: number | undefined;
   lastSignOfLife = performance.now();
   #inScript = false;
+  #part = "";
   readonly #onLine: RigOptions["onLine"];
 
   constructor(onLine: RigOptions["onLine"]) {
     this.#onLine = onLine;
   }
 
-  readonly take = (line: string): void => {
+  readonly take = (sent: string): void => {
     this.lastSignOfLife = performance.now();
+    // A sign of life may come in the middle of somebody's line.
+    if (sent.endsWith(alive)) {
+      this.#part += sent.slice(0, -alive.length);
+      return;
+    }
+    const line = this.#part + sent;
+    this.#part = "";
     if (line === begin) this.#inScript = true;
     else if (line.startsWith(end)) {
       this.status = Number(line.slice(end.length));
       this.#inScript = false;
-    } else if (this.#inScript && line !== alive) {
+    } else if (this.#inScript) {
       this.lines.push(line);
       this.#onLine?.(line);
     }
@@ -143,7 +151,7 @@ class Output {
 
 /** Waits for the machine's end; undefined: it was silent for so long that nobody is there any more. */
 const finish = async (machine: Child, output: Output, timeoutMs: number): Promise<RigResult | undefined> => {
-  const transcript = (): string => `${machine.stdout()}\n${machine.stderr()}`;
+  const transcript = (): string => `${machine.stdout().replaceAll(alive, "")}\n${machine.stderr()}`;
   const stop = new AbortController();
   const late = (): string => `the machine has not powered off\n${transcript()}`;
   try {

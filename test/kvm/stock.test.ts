@@ -16,7 +16,7 @@ const logIn = [
   "type root\\r",
   "wait 120 ^Password: ",
   `type ${rootPassword}\\r`,
-  "wait 300 # $",
+  "wait 300 root@stock:~# ",
 ];
 
 test?.("a stock Debian boots from /dev/vda to a login on hvc0, reboots, and powers off cleanly", async (t) => {
@@ -26,7 +26,7 @@ test?.("a stock Debian boots from /dev/vda to a login on hvc0, reboots, and powe
     ...logIn,
     "type systemctl is-system-running --wait; findmnt -no SOURCE,FSTYPE,OPTIONS /; tty; uname -r\\r",
     "wait 300 ^(running|degraded)",
-    "wait 60 # $",
+    "wait 60 root@stock:~# ",
     "type echo ma''rked > /root/mark; reboot\\r",
     ...logIn,
     "type cat /root/mark; journalctl -b -1 -n 3 --no-pager -o cat; poweroff\\r",
