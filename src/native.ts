@@ -106,6 +106,12 @@ export interface Native {
   /** One frame from or to a non-blocking descriptor, at host addresses: bytes or -errno. */
   readv(fd: number, iovecs: number, count: number): number;
   writev(fd: number, iovecs: number, count: number): number;
+  /**
+   * Many frames from or to a non-blocking descriptor, where one read or write is one frame: into or out of `count`
+   * chains, which lie at host addresses as src/device/held-chains.ts has them. How many results are at `call`.
+   */
+  readFrames(fd: number, iovecs: number, chains: number, count: number, call: number): number;
+  writeFrames(fd: number, iovecs: number, chains: number, count: number, call: number): number;
   /** Copies `length` bytes at `offset` of `bytes` to where iovecs lead, from their byte `skip` on: how many fitted. */
   scatter(
     iovecs: number,

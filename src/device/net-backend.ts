@@ -6,7 +6,7 @@
  * Frames are read and written from the loop with system calls that do not block, not through the ring. Measured on a
  * tap, in batches of 32 on the ring: CPU time for a frame is the same within the noise (64 bytes: 0.5 µs to read, 0.9 µs
  * to write, both ways), and a plain call needs no buffers that are lent to the kernel meanwhile, keeps the order by
- * itself, and tells of an empty tap at once.
+ * itself, and tells of an empty tap at once. What is left of a call's own cost is shared by many frames: held-chains.ts.
  */
 import * as Data from "effect/Data";
 
@@ -19,6 +19,8 @@ export const OFFLOAD = { CSUM: 1, TSO4: 2, TSO6: 4, TSO_ECN: 8 } as const;
 export interface NetLane {
   /** To wait for frames, or for room, by poll. */
   readonly fd: number;
+  /** receive and transmit are a read and a write of `fd` and nothing else: native code may do many in one call. */
+  readonly isPlain?: boolean;
   /**
    * Reads one frame, its virtio_net_hdr first, into the memory that `count` iovecs at host address `iovecs`
    * name. How many bytes, or -errno; -EAGAIN: there is none now.
@@ -55,7 +57,16 @@ export const noNetCounters = (): NetCounters => ({
 });
 
 /** Bytes that one service takes before other devices have their turn. */
-export const TURN_BYTES_MAX = 65536;
+export const TURN_BYTES_MAX = 4 * 65536;
+
+/** Chains that one service takes before other devices have their turn. */
+export const TURN_CHAINS_MAX = 64;
+
+/**
+ * Used chains after which a driver that waits is interrupted although there is more to do: so many that an interrupt
+ * is for most of a ring, and the driver comes before its ring is empty, if it comes at once.
+ */
+export const signalBound = (ringSize: number): number => Math.max(1, ringSize - (ringSize >> 3));
 
 /** iovecs that one system call takes (IOV_MAX of linux/limits.h). */
 export const IOVECS_A_CALL_MAX = 1024;

@@ -1,13 +1,20 @@
 /**
- * The guest's frames to the host: in their order, each with one call straight from the guest's buffers. A lane
- * without room keeps the one frame that it could not take; later ones wait behind it in the ring.
+ * The guest's frames to the host: in their order, straight from the guest's buffers, many with one call. A lane
+ * without room keeps what it could not take of them; later ones wait behind in the ring.
  */
 import { POLL_OUT } from "../loop/completion-queue.ts";
 import { ERRNO } from "../native.ts";
 import { DescriptorChain } from "../virtio/chain.ts";
 import type { QueuePort, QueueService } from "../virtio/device.ts";
-import { Iovecs } from "./iovecs.ts";
-import { IOVECS_A_CALL_MAX, type NetCounters, type NetLane, TURN_BYTES_MAX } from "./net-backend.ts";
+import { HeldChains } from "./held-chains.ts";
+import {
+  IOVECS_A_CALL_MAX,
+  type NetCounters,
+  type NetLane,
+  signalBound,
+  TURN_BYTES_MAX,
+  TURN_CHAINS_MAX,
+} from "./net-backend.ts";
 import { Readiness } from "./readiness.ts";
 
 export interface TransmitOptions {
@@ -17,46 +24,71 @@ export interface TransmitOptions {
 }
 
 export class TransmitService implements QueueService {
+  readonly signalAfter: number;
+  readonly batchMax = TURN_CHAINS_MAX;
   readonly #port: QueuePort;
   readonly #lane: NetLane;
   readonly #options: TransmitOptions;
   readonly #chain: DescriptorChain;
-  readonly #iovecs: Iovecs;
+  readonly #held: HeldChains;
   readonly #room: Readiness;
-  /** The frame in `#chain` waits for room. */
+  /** The first of the held frames waits for room. */
   #waits = false;
 
   constructor(port: QueuePort, lane: NetLane, options: TransmitOptions) {
     this.#port = port;
     this.#lane = lane;
     this.#options = options;
+    this.signalAfter = signalBound(port.size);
     this.#chain = new DescriptorChain(port.segmentsMax);
-    this.#iovecs = new Iovecs(IOVECS_A_CALL_MAX);
+    this.#held = new HeldChains(port.segmentsMax, { roomBytes: 0, countsBuffers: false });
     this.#room = new Readiness(port.loop.queue, () => this.#onRoom());
   }
 
   serve(limit: number): number {
     if (this.#waits) return 0;
-    const chain = this.#chain;
     let served = 0;
-    for (let bytes = 0; served < limit && bytes < TURN_BYTES_MAX; bytes += chain.readableBytes) {
-      if (!this.#port.take(chain)) break;
-      served++;
-      if (!this.#send()) break;
+    try {
+      for (let bytes = 0; served < limit && bytes < TURN_BYTES_MAX; served++) {
+        if (!this.#port.take(this.#chain)) break;
+        this.#hold();
+        bytes += this.#chain.readableBytes;
+      }
+    } finally {
+      // Where the driver broke a rule, the frames before that go out.
+      this.#send();
     }
     return served;
   }
 
+  #hold(): void {
+    const chain = this.#chain;
+    const isFrame = chain.readable <= IOVECS_A_CALL_MAX && chain.readableBytes > this.#options.headerBytes;
+    this.#held.add(chain, chain.readableBytes, isFrame ? chain.readable : 0);
+  }
+
   /** False: there is no room; poll will tell. */
   #send(): boolean {
-    const chain = this.#chain;
-    const { counters, headerBytes, trace } = this.#options;
-    const result = this.#write();
-    if (result === -ERRNO.EAGAIN) {
-      this.#waits = true;
-      this.#room.arm(this.#lane.fd, POLL_OUT);
-      return false;
+    const held = this.#held;
+    while (held.count > 0) {
+      const count = held.write(this.#lane);
+      for (let i = 0; i < count; i++) {
+        const result = held.results[i];
+        if (result === -ERRNO.EAGAIN) {
+          this.#waits = true;
+          this.#room.arm(this.#lane.fd, POLL_OUT);
+          return false;
+        }
+        this.#sent(result);
+      }
     }
+    return true;
+  }
+
+  #sent(result: number): void {
+    const { counters, headerBytes, trace } = this.#options;
+    const bytes = this.#held.firstBytes;
+    const head = this.#held.shift();
     if (result > 0) {
       counters.frames++;
       counters.bytes += result - headerBytes;
@@ -64,17 +96,8 @@ export class TransmitService implements QueueService {
       // A tap that is down or deleted, or a header that makes no sense: as on a wire, the frame is lost.
       counters.dropped++;
     }
-    trace?.(`${this.#port.name}: head ${chain.head}, ${chain.readableBytes} bytes to send: ${result}`);
-    this.#port.complete(chain.head, 0);
-    return true;
-  }
-
-  #write(): number {
-    const chain = this.#chain;
-    const count = chain.readable;
-    if (count > IOVECS_A_CALL_MAX || chain.readableBytes <= this.#options.headerBytes) return -ERRNO.EINVAL;
-    for (let i = 0; i < count; i++) this.#iovecs.set(i, chain.address(i), chain.length[i]);
-    return this.#lane.transmit(this.#iovecs.at(0), count);
+    trace?.(`${this.#port.name}: head ${head}, ${bytes} bytes to send: ${result}`);
+    this.#port.complete(head, 0);
   }
 
   #onRoom(): void {
@@ -84,12 +107,18 @@ export class TransmitService implements QueueService {
   }
 
   stop(): void {
-    if (this.#waits) this.#port.untake(this.#chain);
     this.#waits = false;
+    // Back into the ring, the last first.
+    this.#chain.clear(0);
+    while (this.#held.count > 0) {
+      this.#chain.readableBytes = this.#held.lastBytes;
+      this.#chain.head = this.#held.pop();
+      this.#port.untake(this.#chain);
+    }
     this.#room.close();
   }
 
   release(): void {
-    this.#iovecs.free();
+    this.#held.free();
   }
 }

@@ -97,6 +97,7 @@ class Tap implements NetBackend {
     this.#active = fds.map(() => true);
     this.lanes = fds.map((fd) => ({
       fd,
+      isPlain: true,
       receive: (iovecs, count) => native.readv(fd, iovecs, count),
       transmit: (iovecs, count) => native.writev(fd, iovecs, count),
     }));

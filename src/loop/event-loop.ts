@@ -12,18 +12,25 @@ import type { CompletionQueue } from "./completion-queue.ts";
 import { fullFence } from "./ordering.ts";
 import type { LoopScheduler } from "./scheduler.ts";
 
+/**
+ * Why results are settled: there is more to do, and it is time all the same ("load"); nothing was found just now
+ * ("pause"); the process is about to sleep ("idle").
+ */
+export type Occasion = "load" | "pause" | "idle";
+
 export interface LoopMember {
   /** Takes the next bounded batch of work. Returns how much there was; 0: nothing. */
   work(): number;
   /** Publishes results; a full fence, and settle, follow. */
   publish?(): void;
   /**
-   * Publishes what is left, and interrupts where the guest wants it. With `idle`, also prepares to be woken (notifications on) and looks once
-   * more for a late arrival.
+   * Publishes what is left, and interrupts where the guest wants it; under load a member may keep an interrupt back for
+   * a bounded number of times. When idle, also prepares to be woken (notifications on) and looks once more for a late
+   * arrival.
    *
    * @returns "more": there is work again; "wait": nothing now, results are outstanding; "cold": nothing at all
    */
-  settle(idle: boolean): "more" | "wait" | "cold";
+  settle(occasion: Occasion): "more" | "wait" | "cold";
   /** A cheap look whether work has arrived, for the spin; no side effect. */
   peek(): boolean;
   /** Whether somebody waits for a signal about results that are there; no side effect. */
@@ -174,14 +181,14 @@ export class EventLoop {
       this.#workSinceSettle += Math.max(1, drained + worked);
       // What was drained has been worked on, in the same lap.
       const busy = this.queue.hasCompletions() || (worked > 0 && this.#hotCount > 0);
-      if (busy && this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle(false);
+      if (busy && this.#workSinceSettle >= WORK_BETWEEN_SETTLES_MAX) this.#settle("load");
       if (this.#yielding) return true;
       if (busy) continue;
       if (this.#hotCount === 0) return false;
       if (this.#hold()) continue;
-      this.#settle(false);
+      this.#settle("pause");
       if (this.#spin()) continue;
-      if (!this.#settle(true)) return false;
+      if (!this.#settle("idle")) return false;
     }
     return true;
   }
@@ -194,7 +201,7 @@ export class EventLoop {
   }
 
   /** The before-idle steps of every hot member; whether one of them found more work. */
-  #settle(idle: boolean): boolean {
+  #settle(occasion: Occasion): boolean {
     this.counters.settles++;
     this.#workSinceSettle = 0;
     let more = false;
@@ -204,10 +211,10 @@ export class EventLoop {
     fullFence();
     for (let i = 0; i < this.#hotCount; i++) {
       const member = hot[i];
-      const state = member.settle(idle);
+      const state = member.settle(occasion);
       // A settle may remove members, this one too: then its place is not its own any more.
       if (hot[i] !== member) continue;
-      if (idle && state === "cold") this.remove(member);
+      if (occasion === "idle" && state === "cold") this.remove(member);
       else more ||= state === "more";
     }
     this.#clearRemoved();

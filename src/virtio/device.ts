@@ -46,6 +46,8 @@ export interface QueuePort {
 export interface QueueService {
   /** Used chains after which a driver that waits is interrupted under load; undefined: the loop's own bound. */
   readonly signalAfter?: number;
+  /** The most chains that serve is asked for at a time; undefined: the runner's own bound. */
+  readonly batchMax?: number;
   /**
    * Serves at most `limit` available chains: takes them and starts their work. Called again and again; returns
    * how many it took.

@@ -7,7 +7,7 @@
  * notifications on again and looks once more; then the runner is cold until the next kick. Per chain and per completion nothing is allocated and no Effect runs.
  */
 import * as Effect from "effect/Effect";
-import type { EventLoop, LoopMember } from "../loop/event-loop.ts";
+import type { EventLoop, LoopMember, Occasion } from "../loop/event-loop.ts";
 import { fullFence } from "../loop/ordering.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { DescriptorChain } from "./chain.ts";
@@ -16,9 +16,12 @@ import { VirtqueueFault } from "./fault.ts";
 import { Latency } from "./latency.ts";
 import { type QueueLayout, SplitQueue } from "./split-queue.ts";
 
-/** Chains taken in the first batch after idle, and the most in one batch: it doubles in between. */
+/** Chains taken in the first batch after idle, and the most in one batch where a device says no other: it doubles in between. */
 const BATCH_FIRST = 4;
 const BATCH_MAX = 16;
+
+/** Settles under load at which a device with a bound of its own keeps back an interrupt that falls short of it. */
+const SETTLES_KEPT_BACK_MAX = 3;
 
 export interface QueueCounters {
   kicks: number;
@@ -70,6 +73,9 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly #notify: () => void;
   readonly #service: QueueService;
   readonly #signalAfter: number;
+  readonly #batchMax: number;
+  readonly #settlesKeptBackMax: number;
+  #settlesKeptBack = 0;
   readonly #latency: Latency | undefined;
   /** Ends the parked fiber; undefined before it runs and after its end. */
   #unpark: ((end: Effect.Effect<never, VirtqueueFault>) => void) | undefined;
@@ -96,6 +102,8 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#queue = new SplitQueue(start.memory, start.layout);
     this.#service = device.openQueue(this);
     this.#signalAfter = this.#service.signalAfter ?? loop.signalAfter;
+    this.#batchMax = this.#service.batchMax ?? BATCH_MAX;
+    this.#settlesKeptBackMax = this.#service.signalAfter === undefined ? 0 : SETTLES_KEPT_BACK_MAX;
     start.memory.pin();
   }
 
@@ -241,7 +249,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     }
     this.counters.chains += served;
     this.counters.batches++;
-    if (served === this.#batch && this.#batch < BATCH_MAX) this.#batch *= 2;
+    if (served === this.#batch && this.#batch < this.#batchMax) this.#batch *= 2;
     return served;
   }
 
@@ -249,13 +257,13 @@ export class QueueRunner implements LoopMember, QueuePort {
     if (this.#queue.unpublished > 0) this.#publish();
   }
 
-  settle(idle: boolean): "more" | "wait" | "cold" {
+  settle(occasion: Occasion): "more" | "wait" | "cold" {
     const queue = this.#queue;
     // What another member's settle has completed since publish.
     const isFenced = queue.unpublished === 0;
     if (!isFenced) this.#publish();
-    if (queue.unsignalled > 0) this.#signal(isFenced);
-    if (!idle) {
+    if (queue.unsignalled > 0 && !(occasion === "load" && this.#keepsBack())) this.#signal(isFenced);
+    if (occasion !== "idle") {
       if (this.memory.isLost) this.fail("its guest memory is lost");
       return "wait";
     }
@@ -271,12 +279,22 @@ export class QueueRunner implements LoopMember, QueuePort {
     return "cold";
   }
 
+  /**
+   * Under load a device with a bound of its own is interrupted for when that is reached, or at the last of so many
+   * settles: what comes slowly beside others' load is told of, too.
+   */
+  #keepsBack(): boolean {
+    if (this.#queue.unsignalled >= this.#signalAfter) return false;
+    return this.#settlesKeptBack++ < this.#settlesKeptBackMax;
+  }
+
   #publish(): void {
     this.counters.publishes++;
     this.#queue.publish();
   }
 
   #signal(isFenced: boolean): void {
+    this.#settlesKeptBack = 0;
     if (this.#queue.shouldInterrupt(isFenced)) {
       this.counters.interrupts++;
       this.#notify();
@@ -295,7 +313,7 @@ export class QueueRunner implements LoopMember, QueuePort {
       if (!this.memory.isLost) {
         this.publish();
         fullFence();
-        this.settle(false);
+        this.settle("pause");
       }
       this.#service.release();
       this.#latency?.forget();

@@ -111,6 +111,30 @@ test("a stop while a frame waits for room leaves it in the ring, and the next st
   t.is(again.driver.reap().length, 1);
 });
 
+test("where the driver breaks a rule, frames before that are sent, and those that wait for room go back", async (t) => {
+  const scene = new NetScene();
+  const { driver } = scene.transmit;
+  for (let n = 1; n <= 2; n++) driver.offer(driver.readable(frame(n, 60)));
+  driver.offer({ address: 2 ** 40, length: 100, writable: false });
+  scene.transmit.kick();
+  scene.rig.run();
+  t.is(scene.lane.sent.length, 2);
+  t.is(driver.reap().length, 2);
+  t.regex(scene.transmit.fault?.message ?? "", /outside guest memory/);
+
+  const full = new NetScene();
+  full.lane.roomFrames = 1;
+  for (let n = 1; n <= 3; n++) full.transmit.driver.offer(full.transmit.driver.readable(frame(n, 60)));
+  full.transmit.kick();
+  full.rig.run();
+  const stopped = full.transmit.stop();
+  full.rig.run();
+  await stopped;
+  t.is(full.transmit.runner.nextAvailable, 1);
+  t.is(full.transmit.driver.reap().length, 1);
+  t.is(full.lane.sent.length, 1);
+});
+
 test("what a down tap refuses is dropped and counted, and nothing waits for it", (t) => {
   const scene = new NetScene();
   for (const errno of [ERRNO.EIO, ERRNO.ENETDOWN, ERRNO.EINVAL, ERRNO.ENOMEM]) {

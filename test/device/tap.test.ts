@@ -45,3 +45,18 @@ test("frames pass both ways; a tap that is down loses them, one that is deleted 
   t.is((seen.reports as string[]).length, 1);
   t.regex((seen.reports as string[])[0], /^eth0: tap TAP is gone \(.*\); its link is down$/);
 });
+
+test("many frames pass in one go: in their order, merged as the driver has room, without what is no frame", (t) => {
+  const seen = play("many");
+  const numbers = Array.from({ length: 40 }, (_, i) => i);
+  t.deepEqual(
+    seen.askers,
+    numbers.map((i) => 2 + i),
+  );
+  // 12 bytes of header and 42 of ARP, in three buffers of 20.
+  t.deepEqual(
+    seen.counts,
+    numbers.map(() => [54, 3]),
+  );
+  t.deepEqual(seen.transmitted, { frames: 40, bytes: 40 * 42, dropped: 1 });
+});

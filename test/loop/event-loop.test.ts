@@ -49,7 +49,8 @@ ringTest("a member works until it finds nothing, then is settled for idle and go
         calls.push("work");
         return left > 0 ? left-- && 1 : 0;
       },
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         calls.push(idle ? "idle" : "settle");
         return idle ? "cold" : "wait";
       },
@@ -81,7 +82,8 @@ ringTest("idle steps run only when no member and no completion is left", async (
     });
     const member: LoopMember = {
       work: () => 0,
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         if (!idle) return "wait";
         // Page-cache reads complete as they are submitted: while some are left, the loop is not idle.
         idleWith ??= left;
@@ -110,7 +112,8 @@ ringTest("settle runs after a bounded amount of work, although the load never pa
         longest = Math.max(longest, since);
         return batch;
       },
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         settles[idle ? "idle" : "busy"]++;
         since = 0;
         return "wait";
@@ -196,7 +199,7 @@ ringTest("a late arrival in the idle step keeps the member hot", (t) => {
         works++;
         return 0;
       },
-      settle: (idle) => (idle && ++idles < 4 ? "more" : idle ? "cold" : "wait"),
+      settle: (occasion) => (occasion !== "idle" ? "wait" : ++idles < 4 ? "more" : "cold"),
       peek: () => false,
     });
     t.false(loop.turn());
@@ -260,7 +263,8 @@ ringTest("a member that is removed in the idle step stays away", (t) => {
         works++;
         return 0;
       },
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         settled++;
         if (idle) loop.remove(leaving);
         return "more";
@@ -289,7 +293,8 @@ ringTest("a member that is removed and heated anew by its own idle step is hot",
         works++;
         return 0;
       },
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         if (idle && idles++ === 0) {
           loop.remove(member);
           loop.heat(member);
@@ -317,12 +322,13 @@ ringTest("a member that went cold, was heated again and removed, all in one idle
         works++;
         return 0;
       },
-      settle: (idle) => (idle && idles++ === 0 ? "cold" : "wait"),
+      settle: (occasion) => (occasion === "idle" && idles++ === 0 ? "cold" : "wait"),
       peek: () => false,
     };
     const idleStep = (step: () => void): LoopMember => ({
       ...cold,
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         if (idle) step();
         return "cold";
       },
@@ -398,7 +404,8 @@ ringTest(
             results++;
             return 1;
           },
-          settle: (idle) => {
+          settle: (occasion) => {
+            const idle = occasion === "idle";
             if (results > 0) told++;
             results = 0;
             return idle ? "cold" : "wait";
@@ -433,7 +440,8 @@ ringTest("a guest that waits for every answer makes holding rest", (t) => {
     let looks = 0;
     const member: LoopMember = {
       work: () => 0,
-      settle: (idle) => {
+      settle: (occasion) => {
+        const idle = occasion === "idle";
         results = 0;
         return idle ? "cold" : "wait";
       },

@@ -4,6 +4,7 @@ import { DEVICE_ID, type QueuePort, type QueueService, type VirtioDevice } from 
 
 export class HandService implements QueueService {
   readonly port: QueuePort;
+  declare readonly signalAfter?: number;
   /** Heads taken and not completed, oldest first. */
   readonly held: number[] = [];
   /** Every head taken, oldest first. */
@@ -18,8 +19,9 @@ export class HandService implements QueueService {
   /** It left chains where they were, for want of room: only then has it a reason to wake its queue. */
   #refused = false;
 
-  constructor(port: QueuePort) {
+  constructor(port: QueuePort, signalAfter: number | undefined) {
     this.port = port;
+    if (signalAfter !== undefined) this.signalAfter = signalAfter;
     this.#chain = new DescriptorChain(port.segmentsMax);
   }
 
@@ -68,6 +70,8 @@ export class HandDevice implements VirtioDevice {
   readonly features = 0n;
   readonly queueCount = 8;
   readonly services: HandService[] = [];
+  /** Of queues that are opened from now on. */
+  signalAfter: number | undefined;
   onConfigChange: (() => void) | undefined;
 
   config(): Uint8Array {
@@ -77,7 +81,7 @@ export class HandDevice implements VirtioDevice {
   writeConfig(): void {}
 
   openQueue(port: QueuePort): HandService {
-    const service = new HandService(port);
+    const service = new HandService(port, this.signalAfter);
     this.services[port.index] = service;
     return service;
   }

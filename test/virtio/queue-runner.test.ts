@@ -18,9 +18,10 @@ interface Scene {
   readonly service: HandService;
 }
 
-function setScene(options: DriverOptions = {}): Scene {
+function setScene(options: DriverOptions = {}, signalAfter?: number): Scene {
   const rig = new Rig();
   const device = new HandDevice();
+  device.signalAfter = signalAfter;
   const driver = new MockDriver(makeMemory(), options);
   const running = rig.start(device, driver);
   rig.run();
@@ -119,6 +120,34 @@ test("a guest that waits is interrupted in the midst of a long run, one that doe
     else t.is(driver.interrupts, 0);
     t.is(service.taken.length, total + 1);
   }
+});
+
+test("under load a device's own bound keeps interrupts back, for three settles at most", (t) => {
+  const { rig, driver, running, service } = setScene({ size: 16, features: F_EVENT_IDX }, 4);
+  const { runner, counters } = running;
+  offer(driver, 12);
+  running.kick();
+  rig.run();
+  driver.enableInterrupts();
+  const settled = (occasion: "load" | "pause"): number => {
+    runner.settle(occasion);
+    return counters.interrupts;
+  };
+  service.complete();
+  t.is(settled("pause"), 1, "nothing is kept back when there is nothing to do");
+  driver.reap();
+  driver.enableInterrupts();
+  service.complete();
+  t.deepEqual([settled("load"), settled("load"), settled("load")], [1, 1, 1]);
+  t.is(driver.reap().length, 1, "what completed is published all the same");
+  driver.enableInterrupts();
+  t.is(settled("load"), 1, "the driver has seen it: it does not want to be told");
+  service.complete();
+  t.deepEqual([settled("load"), settled("load"), settled("load"), settled("load")], [1, 1, 1, 2]);
+  driver.reap();
+  driver.enableInterrupts();
+  for (let i = 0; i < 4; i++) service.complete();
+  t.is(settled("load"), 3, "nor when the bound is reached");
 });
 
 test("interrupts that the driver does not want are counted and not raised", (t) => {
