@@ -11,6 +11,7 @@ import { tmpdir, userInfo } from "node:os";
 import { delimiter, isAbsolute, join } from "node:path";
 import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
+import * as Fiber from "effect/Fiber";
 import type * as Scope from "effect/Scope";
 import { check, native } from "../native.ts";
 
@@ -85,14 +86,17 @@ export function openVirtiofsd(
         message: `${options.what} needs virtiofsd, which is not here. ${HOW_TO_GET}`,
       });
     }
-    const words = commandWords(program, yield* isQemus(program), options.dir);
+    // Asked now, and waited for at the start: that is time in which a kernel is loaded.
+    const kind = yield* Effect.forkScoped(isQemus(program), { startImmediately: true });
     // Nobody else may connect: whoever does first is served.
     const folder = yield* Effect.acquireRelease(
       Effect.sync(() => fs.mkdtempSync(join(tmpdir(), "loopguest-virtiofsd-"))),
       (made) => Effect.sync(() => fs.rmSync(made, { recursive: true, force: true })),
     );
     let starts = 0;
-    return { program, start: Effect.suspend(() => start(options, words, join(folder, String(starts++)))) };
+    const begin = (isQemus: boolean) =>
+      start(options, commandWords(program, isQemus, options.dir), join(folder, String(starts++)));
+    return { program, start: Effect.flatMap(Fiber.join(kind), begin) };
   });
 }
 

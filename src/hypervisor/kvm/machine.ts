@@ -110,13 +110,16 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
       vm.createInterruptControllers();
       vm.setMemory(memory);
     });
-    const entry = yield* attempt(() => options.load(memory));
     const end = yield* Deferred.make<MachineEnd>();
     const stopped = (how: MachineEnd): void => {
       options.trace?.(`the machine ends: ${how.kind === "stopped" ? how.message : how.kind}`);
       Deferred.doneUnsafe(end, Effect.succeed(how));
     };
-    const root = yield* plugDevices(options, vm, memory, memoryFile);
+    // A device that another process serves waits for that one, while the kernel is loaded.
+    const [root, entry] = yield* Effect.all(
+      [plugDevices(options, vm, memory, memoryFile), attempt(() => options.load(memory))],
+      { concurrency: "unbounded" },
+    );
     const serial = yield* openSerial(options, vm);
     const buses = wire(root, serial, stopped);
     const vcpus = yield* acquire(
