@@ -168,7 +168,8 @@ test("a virtiofsd that is not there, or does not start, is one line", async (t) 
       const error = await t.throwsAsync(
         Effect.runPromise(Effect.scoped(shareFolder(loop, failing)), { scheduler }),
       );
-      t.is(error?.message, "virtiofsd has left: it ended with 3: this is why");
+      // It may have left before the first message, or before its answer.
+      t.regex(error?.message ?? "", /^virtiofsd has left(, for SET_OWNER)?: it ended with 3: this is why$/);
     } finally {
       process.env.PATH = path_;
     }
