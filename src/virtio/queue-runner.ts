@@ -19,6 +19,8 @@ import { type QueueLayout, SplitQueue } from "./split-queue.ts";
 /** Chains taken in the first batch after idle, and the most in one batch where a device says no other: it doubles in between. */
 const BATCH_FIRST = 4;
 const BATCH_MAX = 16;
+/** The most where the driver keeps so many available that half of them go on while it refills the other half. */
+const BATCH_DEEP_MAX = 64;
 
 /** Settles under load at which a device with a bound of its own keeps back an interrupt that falls short of it. */
 const SETTLES_KEPT_BACK_MAX = 3;
@@ -74,6 +76,7 @@ export class QueueRunner implements LoopMember, QueuePort {
   readonly #service: QueueService;
   readonly #signalAfter: number;
   readonly #batchMax: number;
+  readonly #batchDeepMax: number;
   readonly #settlesKeptBackMax: number;
   #settlesKeptBack = 0;
   readonly #latency: Latency | undefined;
@@ -81,6 +84,8 @@ export class QueueRunner implements LoopMember, QueuePort {
   #unpark: ((end: Effect.Effect<never, VirtqueueFault>) => void) | undefined;
   #batch = BATCH_FIRST;
   #available = 0;
+  /** Chains that waited when the last batch was taken. */
+  #waiting = 0;
   #fault: VirtqueueFault | undefined;
   #drained: (() => void) | undefined;
   #state: "running" | "stopping" = "running";
@@ -103,6 +108,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     this.#service = device.openQueue(this);
     this.#signalAfter = this.#service.signalAfter ?? loop.signalAfter;
     this.#batchMax = this.#service.batchMax ?? BATCH_MAX;
+    this.#batchDeepMax = this.#service.batchMax ?? BATCH_DEEP_MAX;
     this.#settlesKeptBackMax = this.#service.signalAfter === undefined ? 0 : SETTLES_KEPT_BACK_MAX;
     start.memory.pin();
   }
@@ -235,6 +241,7 @@ export class QueueRunner implements LoopMember, QueuePort {
     let served = 0;
     try {
       const available = this.#queue.countAvailable();
+      this.#waiting = available;
       this.#available = Math.min(available, this.#batch);
       if (this.#available > 1) this.#queue.prefetch(this.#available);
       served = this.#service.serve(this.#available);
@@ -249,8 +256,14 @@ export class QueueRunner implements LoopMember, QueuePort {
     }
     this.counters.chains += served;
     this.counters.batches++;
-    if (served === this.#batch && this.#batch < this.#batchMax) this.#batch *= 2;
+    if (served === this.#batch) this.#growBatch();
     return served;
+  }
+
+  #growBatch(): void {
+    const batch = this.#batch;
+    const isDeep = batch < this.#batchDeepMax && this.#waiting >= 2 * batch;
+    if (batch < this.#batchMax || isDeep) this.#batch = 2 * batch;
   }
 
   publish(): void {

@@ -13,6 +13,8 @@ export class HandService implements QueueService {
   capacity = Number.POSITIVE_INFINITY;
   /** Completes each chain as it comes, with so many bytes written. */
   atOnce: number | undefined;
+  /** How many chains each serve took, oldest first. */
+  readonly batches: number[] = [];
   stops = 0;
   releases = 0;
   readonly #chain: DescriptorChain;
@@ -34,6 +36,7 @@ export class HandService implements QueueService {
       if (this.atOnce !== undefined) this.port.complete(this.#chain.head, this.atOnce);
       else this.held.push(this.#chain.head);
     }
+    this.batches.push(served);
     return served;
   }
 

@@ -62,6 +62,19 @@ test("a kick brings every available chain, in order", (t) => {
   t.true(running.counters.batches < 10);
 });
 
+test("batches grow to 16, and further where two of the next would wait", (t) => {
+  const batchesOf = (available: number): number[] => {
+    const { rig, driver, running, service } = setScene({ size: 512 });
+    offer(driver, available);
+    running.kick();
+    rig.run();
+    return service.batches;
+  };
+  t.deepEqual(batchesOf(32), [4, 8, 16, 4]);
+  t.deepEqual(batchesOf(64), [4, 8, 16, 32, 4]);
+  t.deepEqual(batchesOf(250), [4, 8, 16, 32, 64, 64, 62]);
+});
+
 test("many completions give one publication and one interrupt", (t) => {
   for (const features of [0n, F_EVENT_IDX]) {
     const { rig, driver, running, service } = setScene({ size: 64, features });
