@@ -18,8 +18,10 @@ import { check, native } from "../native.ts";
 /** virtiofsd is not here, or does not start; the message says how to get it. */
 export class VirtiofsdError extends Data.TaggedError("VirtiofsdError")<{ readonly message: string }> {}
 
-/** Where packages put it, which is seldom on PATH: Debian 12 and Ubuntu 22.04; Debian 13 and Fedora; Arch. */
-const PLACES = ["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "/usr/lib/virtiofsd"];
+/** Where QEMU's packages put theirs (Debian 12, Ubuntu 22.04). */
+const QEMUS_PLACE = "/usr/lib/qemu/virtiofsd";
+/** Where packages put it, which is seldom on PATH; behind QEMU's: Debian 13 and Fedora; Arch. */
+const PLACES = [QEMUS_PLACE, "/usr/libexec/virtiofsd", "/usr/lib/virtiofsd"];
 
 export const HOW_TO_GET =
   "Install it: apt-get install qemu-system-common (Debian 12, Ubuntu 22.04), or apt-get install virtiofsd (newer)";
@@ -29,7 +31,7 @@ const HOW_TO_DROP_GROUPS =
 
 const END_MS_MAX = 2000;
 /** How long the reason of an end is waited for when its connection has ended. */
-const LAST_WORDS_MS_MAX = 1000;
+const LAST_WORDS_MS_MAX = 5000;
 const FD_IN_CHILD = 3;
 
 /** Where virtiofsd is; `places` are files, tried before those of packages. */
@@ -102,6 +104,7 @@ export function openVirtiofsd(
 
 /** Whether it is the one in C: the two take different options. */
 function isQemus(program: string): Effect.Effect<boolean> {
+  if (program === QEMUS_PLACE) return Effect.succeed(true);
   return Effect.callback<boolean>((resume) => {
     execFile(program, ["--version"], { timeout: 10_000 }, (_error, stdout, stderr) =>
       resume(Effect.succeed(/QEMU Project/.test(stdout + stderr))),

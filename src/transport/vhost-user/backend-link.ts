@@ -119,7 +119,7 @@ export class BackendLink {
       const answer = Deferred.makeUnsafe<DataView, BackendError>();
       if (hasAnswer) this.#question = { request, answer };
       const problem = this.#send(encode(request, flags, payload), fds);
-      if (problem !== undefined) return this.#fail(this.#problem(`${problem}, for ${requestName(request)}`));
+      if (problem !== undefined) return this.#fail(this.#problem(problem));
       return hasAnswer ? this.#inTime(request, Deferred.await(answer)) : Effect.succeed(NO_ANSWER);
     });
     return this.#turn.withPermit(exchange);

@@ -104,3 +104,17 @@ kvmTest("what a back-end signals while the vector is masked interrupts when the 
     t.is(word(guest.memory, 0x2008), 3, "the handler ran, and not before the mask went");
   }),
 );
+
+kvmTest("a machine whose back-end does not come up does not start, and says why", (t, loop) =>
+  Effect.gen(function* () {
+    const backEnd = new MockBackEnd();
+    backEnd.override = ({ request }) => (request === REQUEST.SET_MEM_TABLE ? "end" : "right");
+    backEnd.lastWords = "it ended with 3";
+    const start = startTiny(loop, {
+      devices: [{ device: makeDevice(loop, backEnd), counters: [] }],
+      source: `${END}`,
+    });
+    const error = yield* Effect.flip(start);
+    t.is(error.message, "the mock has left: it ended with 3");
+  }),
+);
