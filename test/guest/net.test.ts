@@ -18,6 +18,7 @@ import { makeNetns, type Netns } from "./netns.ts";
 import { ordinaryUser } from "./ordinary-user.ts";
 
 const test = await guestTest(
+  ["ethtool", "ethtool"],
   ["ip", "iproute2"],
   ["ping", "iputils-ping"],
   ["iperf3", "iperf3"],
@@ -116,6 +117,37 @@ iperf3 --client 192.168.19.1 --time ${iperfSeconds} --reverse >&2`;
   for (const way of ["received", "transmitted"]) t.true(net[way].bytes / net[way].frames > 2000, last);
   // The taps went with the launcher.
   t.notRegex(netns.run("ip", "link"), /tap/);
+});
+
+test("several queue pairs: Linux takes one for each CPU, and more when it is told to", async (t) => {
+  const folder = makeFolder(t);
+  const netns = await makeNetns(t);
+  const file = path.join(folder, "data");
+  const data = randomBytes(1 << 16);
+  fs.writeFileSync(file, data);
+  const tcp = [process.execPath, "--import=tsx", "test/guest/tcp-peer.ts", "5001", file];
+  await startPeer(t, netns, tcp, /ready/);
+  const disk = path.join(folder, "disk");
+  fs.writeFileSync(disk, Buffer.alloc(1 << 20));
+  const connections = 24;
+  const script = `set -e; PATH=$PATH:/usr/sbin:/sbin
+pairs() { ls -d /sys/class/net/eth0/queues/rx-* | wc -l; }
+pairs; ethtool -L eth0 combined 2; pairs; ls /sys/block/vda/mq | wc -l
+${pingUntil("192.168.19.1")}
+for n in $(seq ${connections}); do exec 3<>/dev/tcp/192.168.19.1/5001; sha256sum <&3; exec 3>&-; done`;
+  fs.writeFileSync(path.join(folder, "script"), script);
+  const stats = path.join(folder, "stats");
+  const devices = ["--tunnet=192.168.19.1,queues=2", `--block=${disk},queues=2`, `--stats=${stats}`];
+  const ended = await runLauncher(t, [...devices, `--exec=bash ${folder}/script`], { prefix: netns.prefix });
+  t.is(ended.status, 0, said(ended));
+  const sha256 = createHash("sha256").update(data).digest("hex");
+  const sums = Array<string>(connections).fill(`${sha256}  -`);
+  t.deepEqual(ended.stdout.trimEnd().split("\n"), ["1", "2", "1", ...sums]);
+  const last = fs.readFileSync(stats, "utf8").trimEnd().split("\n").at(-1)!;
+  const { queues } = JSON.parse(last).devices.find(({ name }: { name: string }) => name === "eth0");
+  // Connections are spread by a hash of their ports: all of 24 on one pair are not to be expected.
+  for (const index of [0, 1, 2, 3])
+    t.true(queues[index].publishes > 0, `queue ${index} moved nothing: ${last}`);
 });
 
 test("two guests in a bridge reach each other and the host", async (t) => {
