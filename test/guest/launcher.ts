@@ -20,6 +20,9 @@ export const checkout = path.resolve(import.meta.dirname, "../..");
 /** A guest boots in two seconds on an idle machine; a machine that also compiles and emulates is no failure. */
 export const bootTimeoutMs = 120_000;
 
+/** And its whole life, where it works for long. For `t.timeout`, too: ava waits three minutes unless told otherwise. */
+export const lifeTimeoutMs = process.env.LOOPGUEST_LONG ? 900_000 : 300_000;
+
 /** The kernel; fetched when there is none. */
 export const umlKernel = (): Promise<UmlKernel> =>
   Effect.runPromise(obtainUmlKernel({ progress: (line) => console.error(line) }));
@@ -141,7 +144,7 @@ export const launch = (
     stdoutStream: child.stdout!,
     stdout,
     stderr: () => stderr,
-    exited: () => within(bootTimeoutMs, () => `the launcher has not left\n${said()}`, exit),
+    exited: () => within(lifeTimeoutMs, () => `the launcher has not left\n${said()}`, exit),
     untilStdout: (pattern) =>
       until(
         bootTimeoutMs,

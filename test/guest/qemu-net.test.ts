@@ -18,7 +18,7 @@ const qemuTest = testWith(...qemuPrograms, ...programs);
 const dpdkTest = testWith(["dpdk-testpmd", "dpdk-dev"], ...programs);
 
 /** An emulated CPU is slow. */
-const transferMiB = Number(process.env.LOOPGUEST_TRANSFER_MIB ?? 8);
+const transferMiB = process.env.LOOPGUEST_LONG ? 64 : 8;
 
 async function serve(t: ExecutionContext, netns: Netns, tunnet: string, socket: string): Promise<Child> {
   const [nsenter, ...prefix] = netns.prefix;
