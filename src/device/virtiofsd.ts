@@ -113,16 +113,30 @@ function isQemus(program: string): Effect.Effect<boolean> {
 }
 
 function commandWords(program: string, isQemus: boolean, dir: string): readonly string[] {
-  // The top of everything cannot be changed for itself (pivot_root(2)), but by this name it is what was put on it.
-  const folder = dir === "/" ? "/.." : dir;
-  const fd = `--fd=${FD_IN_CHILD}`;
-  const words = isQemus
-    ? [program, "-f", fd, "-o", `source=${folder.replace(/[\\,]/g, "\\$&")},cache=auto,log_level=err`]
-    : [program, fd, `--shared-dir=${folder}`, "--cache=auto", "--log-level=error"];
+  const words = isQemus ? qemusWords(program, dir) : successorsWords(program, dir);
   if (process.getuid?.() === 0) return words;
   // An ordinary user has no right to raise the limit, which Node has done as far as that is allowed.
   return ["unshare", ...namespaceWords(), ...words, "--rlimit-nofile=0"];
 }
+
+/** The top of everything cannot be changed for itself (pivot_root(2)), but by "/.." it is what was put on it. */
+const qemusWords = (program: string, dir: string): readonly string[] => [
+  program,
+  "-f",
+  `--fd=${FD_IN_CHILD}`,
+  "-o",
+  `source=${dir === "/" ? "/.." : dir.replace(/[\\,]/g, "\\$&")},cache=auto,log_level=err`,
+];
+
+/** The one in Rust sees through "/..". Who shares the whole host has nothing to shut away. */
+const successorsWords = (program: string, dir: string): readonly string[] => [
+  program,
+  `--fd=${FD_IN_CHILD}`,
+  `--shared-dir=${dir}`,
+  "--cache=auto",
+  "--log-level=error",
+  ...(dir === "/" ? ["--sandbox=chroot"] : []),
+];
 
 /**
  * The user is root in a namespace. With a range of numbers of his own (subuid(5)) others than root can be there, and it
@@ -148,7 +162,8 @@ function hasRange(): boolean {
 export function virtiofsdHindrance(): string | undefined {
   const uid = process.getuid?.() ?? 0;
   const others = process.getgroups?.().filter((group) => group !== process.getgid?.()) ?? [];
-  return uid === 0 || others.length === 0 || hasRange() ? undefined : HOW_TO_DROP_GROUPS;
+  if (uid === 0 || others.length === 0 || findVirtiofsd() !== QEMUS_PLACE) return undefined;
+  return hasRange() ? undefined : HOW_TO_DROP_GROUPS;
 }
 
 function start({ what, trace }: VirtiofsdOptions, words: readonly string[], path: string) {

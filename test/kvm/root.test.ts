@@ -1,6 +1,6 @@
 /** The host's files as the guest's root, by virtiofsd. */
 import { testWith } from "../guest/prerequisites.ts";
-import { runWithLoopguest } from "./launch.ts";
+import { quoted, runWithLoopguest } from "./launch.ts";
 import { rigPrograms } from "./rig.ts";
 
 const test = testWith(...rigPrograms);
@@ -30,4 +30,41 @@ pidof virtiofsd || echo no virtiofsd is left
     ],
     result.transcript,
   );
+});
+
+test("a guest with the host's root reboots, an ordinary user has one, and virtiofsd's death is one line", async (t) => {
+  t.timeout(900_000);
+  const again = "test -e /again && exit 5; : > /again; reboot -f; /bin/busybox sleep 1000";
+  const result = await runWithLoopguest(
+    t,
+    (kernel) => `
+mkdir -p /run/shared/bin; cp /bin/busybox /run/shared/bin/; ln -s busybox /run/shared/bin/sh
+loopguest --root=/run/shared,rw --exec='${again}'
+echo "reboot $?"
+
+# somebody who may read all that a guest on KVM takes
+chmod 666 /dev/kvm; chmod a+rx /tmp/loopguest-kvm-*
+file=${quoted(kernel)}; while [ "$file" != / ]; do chmod a+rx "$file"; file=$(dirname "$file"); done
+echo mine > /run/secret; chmod 600 /run/secret
+setpriv --reuid=54321 --regid=54321 --clear-groups -- ${quoted(process.execPath)} /tmp/loopguest-kvm-*/loopguest.js \
+  --hypervisor=kvm --exec='id -u; cat /run/secret || echo not for me; cat /etc/debian_version && exit 3' 2>&1
+echo "user $?"
+
+loopguest --exec='echo runs; sleep 1000' > /run/out 2> /run/err &
+while ! grep -q runs /run/out; do sleep 1; done
+kill -9 $(pidof virtiofsd)
+while ! grep -q 'until the guest reboots' /run/err; do sleep 1; done
+cat /run/err
+kill $(pidof -s ${quoted(process.execPath)}); wait
+pidof virtiofsd || echo no virtiofsd is left
+`,
+    { timeoutMs: 840_000, cpus: 2 },
+  );
+  t.is(result.status, 0, result.transcript);
+  for (const line of ["reboot 5", "not for me", "user 3", "no virtiofsd is left"]) {
+    t.true(result.lines.includes(line), `${line}\n${result.transcript}`);
+  }
+  const told = result.lines.filter((line) => line.includes("until the guest reboots"));
+  t.is(told.length, 1, result.transcript);
+  t.regex(told[0], /virtiofsd has left: it ended with SIGKILL.*; root is stopped until the guest reboots$/);
 });

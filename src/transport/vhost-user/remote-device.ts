@@ -150,7 +150,10 @@ export class VhostUserDevice implements RemoteDevice {
   }
 }
 
-/** Everything that the back-end has to know of a ring, its eventfds last: by the kick's it begins. */
+/**
+ * Everything that the back-end has to know of a ring. By the kick's eventfd it begins, so that this comes last: a kick that
+ * is there already and meets a ring that is not enabled would be lost (seen with virtiofsd 1.13).
+ */
 function giveRing(life: Life, start: RemoteQueueStart): Effect.Effect<void, BackendError> {
   const { index, layout, kickFd, callFd } = start;
   const { link } = life;
@@ -164,8 +167,8 @@ function giveRing(life: Life, start: RemoteQueueStart): Effect.Effect<void, Back
     yield* link.tell(REQUEST.SET_VRING_BASE, ringState(index, layout.nextAvailable));
     yield* link.tell(REQUEST.SET_VRING_ADDR, ringAddresses(index, layout));
     yield* link.tell(REQUEST.SET_VRING_CALL, encodeU64(BigInt(index)), [callFd]);
-    yield* link.tell(REQUEST.SET_VRING_KICK, encodeU64(BigInt(index)), [kickFd]);
     yield* link.tell(REQUEST.SET_VRING_ENABLE, ringState(index, 1));
+    yield* link.tell(REQUEST.SET_VRING_KICK, encodeU64(BigInt(index)), [kickFd]);
   });
 }
 

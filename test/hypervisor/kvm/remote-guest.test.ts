@@ -24,9 +24,7 @@ const makeDevice = (loop: EventLoop, backEnd: MockBackEnd): VhostUserDevice =>
 /** The back-end's eventfds of queue 0, when it has been given them. */
 const eventfds = (backEnd: MockBackEnd) =>
   Effect.promise(async () => {
-    await eventually("the queue is given to the back-end", () =>
-      backEnd.names().includes("SET_VRING_ENABLE"),
-    );
+    await eventually("the queue is given to the back-end", () => backEnd.names().includes("SET_VRING_KICK"));
     const [kick, call] = [REQUEST.SET_VRING_KICK, REQUEST.SET_VRING_CALL].map(
       (request) => backEnd.last(request)?.fds[0] ?? -1,
     );

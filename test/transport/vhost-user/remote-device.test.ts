@@ -80,7 +80,7 @@ class Scene {
     this.driver.setUpQueue(0, this.rings.layout);
     this.driver.set("status", 0xf);
     await eventually("the ring is given to the back-end", () =>
-      this.backEnd.names().includes("SET_VRING_ENABLE"),
+      this.backEnd.names().includes("SET_VRING_KICK"),
     );
   }
 
@@ -154,6 +154,7 @@ remoteTest(
       [layout.descriptors, layout.used, layout.available],
     );
     t.deepEqual(payloadWords(backEnd.last(REQUEST.SET_VRING_ENABLE)), [0, 1]);
+    t.is(backEnd.names().at(-1), "SET_VRING_KICK", "the ring is enabled before it can be kicked");
 
     check(native.signal(driver.host.kicks.get(BAR + NOTIFY)!), "kick");
     t.is(takeCount(backEnd.last(REQUEST.SET_VRING_KICK)!.fds[0]), 1, "the kick is in the back-end's eventfd");
