@@ -178,5 +178,5 @@ function readBusybox(): Effect.Effect<Uint8Array, RunError> {
 function kernelArguments({ kernel, verbose }: RunCommand): readonly string[] {
   const args = kernel?.args ?? [];
   const consoles = args.some((word) => word.startsWith("console=")) ? [] : ["console=ttyS0", "console=hvc0"];
-  return ["panic=-1", "reboot=k", ...(verbose ? [] : ["quiet"]), ...args, ...consoles];
+  return ["panic=-1", ...(verbose ? [] : ["quiet"]), ...args, ...consoles];
 }

@@ -16,8 +16,8 @@ test("a guest that reboots runs again; one that powers off early or panics says 
     t,
     () => `
 truncate -s 1M /run/disk
-limit 500 loopguest --block=/run/disk --exec='${twice}'
-echo "reboot $?"
+limit 500 loopguest --verbose --block=/run/disk --exec='${twice}' 2> /run/verbose
+echo "reboot $?"; grep -o 'reset by .*' /run/verbose
 limit 300 loopguest --exec='echo early; poweroff -f; sleep 1000' 2>&1
 echo "poweroff $?"
 limit 300 loopguest --exec='echo c > /proc/sysrq-trigger' 2>&1
@@ -25,7 +25,7 @@ echo "panic $?"
 `,
     { timeoutMs: 1_100_000 },
   );
-  for (const line of ["reboot 5", "early", "poweroff 1", "panic 1"]) {
+  for (const line of ["reboot 5", "reset by ACPI's register", "early", "poweroff 1", "panic 1"]) {
     t.true(result.lines.includes(line), `${line}\n${result.transcript}`);
   }
   for (const what of [

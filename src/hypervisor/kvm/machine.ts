@@ -121,7 +121,7 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
       { concurrency: "unbounded" },
     );
     const serial = yield* openSerial(options, vm);
-    const buses = wire(root, serial, stopped);
+    const buses = wire(root, serial, stopped, options.trace);
     const vcpus = yield* acquire(
       () =>
         new Vcpus(options.loop, options.exits, {
@@ -184,7 +184,12 @@ function wire(
   root: PciRoot,
   serial: SerialPort,
   stopped: (how: MachineEnd) => void,
+  trace: MachineOptions["trace"],
 ): { ports: Bus; memory: Bus } {
+  const reset = (by: string): void => {
+    trace?.(`reset by ${by}`);
+    stopped({ kind: "reset" });
+  };
   const ports = new Bus();
   ports.add(SERIAL_PORT, SERIAL_PORTS, serial.access);
   onWrite(ports, SLEEP_CONTROL_PORT, (value) => {
@@ -193,16 +198,16 @@ function wire(
   // Asleep, or about to be: the one bit that says so is not ours to set.
   ports.add(SLEEP_STATUS_PORT, 1, (access) => access.data.setUint8(0, 0));
   onWrite(ports, RESET_PORT, (value) => {
-    if (value === RESET_VALUE) stopped({ kind: "reset" });
+    if (value === RESET_VALUE) reset("ACPI's register");
   });
   ports.add(KEYBOARD_PORT, 1, (access) => {
     // A kernel that wants to reset waits until the controller is ready: it is.
     if (!access.isWrite) access.data.setUint8(0, 0);
-    else if (written(access) === KEYBOARD_RESET) stopped({ kind: "reset" });
+    else if (written(access) === KEYBOARD_RESET) reset("the keyboard controller");
   });
   ports.add(PCI_PORT, PCI_PORTS, (access, offset) => {
     if (PCI_PORT + offset === CHIPSET_RESET_PORT && access.size === 1) {
-      if (access.isWrite && (written(access) & 4) !== 0) stopped({ kind: "reset" });
+      if (access.isWrite && (written(access) & 4) !== 0) reset("the chipset");
     } else if (access.isWrite) {
       root.writePort(offset, access.size, written(access));
     } else {
