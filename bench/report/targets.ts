@@ -49,10 +49,13 @@ class Asked {
     return least === undefined ? undefined : -least;
   }
 
+  worksOf(prefix: string): string[] {
+    return [...new Set(this.#samples.map(({ work }) => work).filter((work) => work.startsWith(prefix)))];
+  }
+
   /** Every work in which both arms were measured. */
   worksWith(prefix: string, a: string, b: string): string[] {
-    const works = new Set(this.#samples.map(({ work }) => work).filter((work) => work.startsWith(prefix)));
-    return [...works].filter(
+    return this.worksOf(prefix).filter(
       (work) =>
         valuesOf(this.#samples, work, a, "ops_per_second").length > 0 &&
         valuesOf(this.#samples, work, b, "ops_per_second").length > 0,
@@ -222,11 +225,25 @@ function statistics(asked: Asked): Wanted[] {
 
 function network(asked: Asked): Wanted[] {
   const works = asked.worksWith("net/", "loop", "threads");
-  const frames = works.map((work) => asked.ratio(work, "threads", "ops_per_second"));
-  const interrupts = works.map((work) => asked.ratio(work, "threads", "interrupts_per_1000"));
+  const ratios = (figure: FigureName) => works.map((work) => asked.ratio(work, "threads", figure));
+  const guests = asked.worksOf("qemu-net/");
+  const ofGuests = guests.map((work) => {
+    const figure = work.includes("/tcp-") ? "mib_per_second" : "ops_per_second";
+    return asked.ratio(work, "qemu-tap", figure, "qemu-loop");
+  });
   return [
-    least(`frames of threads (the least of ${works.length})`, asked.least(frames), 1.5),
-    most(`interrupts for a frame of threads (the most of ${works.length})`, asked.most(interrupts), 1),
+    least(`frames of threads (the least of ${works.length})`, asked.least(ratios("ops_per_second")), 1.5),
+    most(
+      `interrupts for a frame of threads (the most of ${works.length})`,
+      asked.most(ratios("interrupts_per_1000")),
+      1,
+    ),
+    most(`CPU for a frame of threads (the most of ${works.length})`, asked.most(ratios("cpu_us_per_op")), 1),
+    least(
+      `a whole guest: frames or bytes of QEMU's own card (the least of ${guests.length})`,
+      asked.least(ofGuests),
+      1,
+    ),
   ];
 }
 
