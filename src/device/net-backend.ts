@@ -64,9 +64,9 @@ export const TURN_CHAINS_MAX = 64;
 
 /**
  * Used chains after which a driver that waits is interrupted although there is more to do: so many that an interrupt
- * is for most of a ring, and the driver comes before its ring is empty, if it comes at once.
+ * is for nearly all of a ring. With large frames the driver's wake-up still overlaps the last of them.
  */
-export const signalBound = (ringSize: number): number => Math.max(1, ringSize - (ringSize >> 3));
+export const signalBound = (ringSize: number): number => Math.max(1, ringSize - (ringSize >> 5));
 
 /** iovecs that one system call takes (IOV_MAX of linux/limits.h). */
 export const IOVECS_A_CALL_MAX = 1024;
