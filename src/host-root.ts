@@ -57,7 +57,8 @@ export function openHostRoot(
     yield* checkRoot(command);
     const dir = resolve(command.root.dir);
     const what = rootName(command);
-    const virtiofsd = yield* openVirtiofsd({ what, dir, trace: reporter.trace });
+    const isReadOnly = !command.root.writable;
+    const virtiofsd = yield* openVirtiofsd({ what, dir, isReadOnly, trace: reporter.trace });
     const device = new VhostUserDevice({
       loop: opened.loop,
       name: "root",

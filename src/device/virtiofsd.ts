@@ -57,6 +57,8 @@ export interface VirtiofsdOptions {
   readonly what: string;
   /** The folder that is shared; absolute. */
   readonly dir: string;
+  /** Nothing is to be written. QEMU's cannot refuse it: there the guest's kernel alone keeps writes away. */
+  readonly isReadOnly?: boolean;
   /** Default {@link findVirtiofsd}. */
   readonly find?: () => string | undefined;
   readonly trace?: ((line: string) => void) | undefined;
@@ -89,31 +91,45 @@ export function openVirtiofsd(
       });
     }
     // Asked now, and waited for at the start: that is time in which a kernel is loaded.
-    const kind = yield* Effect.forkScoped(isQemus(program), { startImmediately: true });
+    const kind = yield* Effect.forkScoped(kindOf(program), { startImmediately: true });
     // Nobody else may connect: whoever does first is served.
     const folder = yield* Effect.acquireRelease(
       Effect.sync(() => fs.mkdtempSync(join(tmpdir(), "loopguest-virtiofsd-"))),
       (made) => Effect.sync(() => fs.rmSync(made, { recursive: true, force: true })),
     );
     let starts = 0;
-    const begin = (isQemus: boolean) =>
-      start(options, commandWords(program, isQemus, options.dir), join(folder, String(starts++)));
+    const begin = (of: Kind) =>
+      start(options, commandWords(program, of, options), join(folder, String(starts++)));
     return { program, start: Effect.flatMap(Fiber.join(kind), begin) };
   });
 }
 
-/** Whether it is the one in C: the two take different options. */
-function isQemus(program: string): Effect.Effect<boolean> {
-  if (program === QEMUS_PLACE) return Effect.succeed(true);
-  return Effect.callback<boolean>((resume) => {
-    execFile(program, ["--version"], { timeout: 10_000 }, (_error, stdout, stderr) =>
-      resume(Effect.succeed(/QEMU Project/.test(stdout + stderr))),
-    );
+interface Kind {
+  /** The one in C, which takes other options. */
+  readonly isQemus: boolean;
+  /** Newer ones in Rust can be told to refuse writes. */
+  readonly canRefuseWrites: boolean;
+}
+
+function kindOf(program: string): Effect.Effect<Kind> {
+  if (program === QEMUS_PLACE) return Effect.succeed({ isQemus: true, canRefuseWrites: false });
+  return Effect.callback<Kind>((resume) => {
+    execFile(program, ["--help"], { timeout: 10_000 }, (_error, stdout, stderr) => {
+      const help = stdout + stderr;
+      const isQemus = /-o source=PATH/.test(help);
+      resume(Effect.succeed({ isQemus, canRefuseWrites: /^\s+--readonly\b/m.test(help) }));
+    });
   });
 }
 
-function commandWords(program: string, isQemus: boolean, dir: string): readonly string[] {
-  const words = isQemus ? qemusWords(program, dir) : successorsWords(program, dir);
+function commandWords(
+  program: string,
+  { isQemus, canRefuseWrites }: Kind,
+  { dir, isReadOnly = false }: VirtiofsdOptions,
+): readonly string[] {
+  const words = isQemus
+    ? qemusWords(program, dir)
+    : [...successorsWords(program, dir), ...(isReadOnly && canRefuseWrites ? ["--readonly"] : [])];
   if (process.getuid?.() === 0) return words;
   // An ordinary user has no right to raise the limit, which Node has done as far as that is allowed.
   return ["unshare", ...namespaceWords(), ...words, "--rlimit-nofile=0"];

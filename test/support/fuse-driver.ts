@@ -124,10 +124,10 @@ export interface SharedFolder {
 }
 
 /** A folder, a real virtiofsd that serves it, and a guest's memory and bus with the device on it. */
-export function shareFolder(loop: EventLoop, dir: string) {
+export function shareFolder(loop: EventLoop, dir: string, isReadOnly = false) {
   return Effect.gen(function* () {
     let running: RunningVirtiofsd | undefined;
-    const virtiofsd = yield* openVirtiofsd({ what: "--root", dir });
+    const virtiofsd = yield* openVirtiofsd({ what: "--root", dir, isReadOnly });
     const device = new VhostUserDevice({
       loop,
       name: "root",

@@ -158,29 +158,43 @@ withVirtiofsd("the whole of the host can be shared", (t) =>
   }, 1),
 );
 
-test("a virtiofsd that is not there, or does not start, is one line", async (t) => {
-  const path_ = process.env.PATH;
-  await withLoop(async ({ loop, scheduler }) => {
-    const failing = makeFolder(t);
-    const script = path.join(failing, "virtiofsd");
-    fs.writeFileSync(script, "#!/bin/sh\necho this is why >&2\nexit 3\n", { mode: 0o755 });
-    process.env.PATH = `${failing}:${path_}`;
-    try {
-      const error = await t.throwsAsync(
-        Effect.runPromise(Effect.scoped(shareFolder(loop, failing)), { scheduler }),
-      );
-      // It may have left before the first message, or before its answer.
-      t.regex(error?.message ?? "", /^virtiofsd has left(, for SET_OWNER)?: it ended with 3: this is why$/);
-    } finally {
-      process.env.PATH = path_;
-    }
-  }, 1);
+/** What is told of a virtiofsd that is this shell script. */
+async function startScript(t: ExecutionContext, text: string, isReadOnly = false): Promise<string> {
+  const folder = makeFolder(t);
+  fs.writeFileSync(path.join(folder, "virtiofsd"), `#!/bin/sh\n${text}\n`, { mode: 0o755 });
+  const before = process.env.PATH;
+  process.env.PATH = `${folder}:${before}`;
+  try {
+    return await withLoop(async ({ loop, scheduler }) => {
+      const started = Effect.runPromise(Effect.scoped(shareFolder(loop, folder, isReadOnly)), { scheduler });
+      return (await t.throwsAsync(started))?.message ?? "";
+    }, 1);
+  } finally {
+    process.env.PATH = before;
+  }
+}
+
+test.serial("a virtiofsd that is not there, or does not start, is one line", async (t) => {
+  t.is(
+    await startScript(t, "echo this is why >&2; exit 3"),
+    "virtiofsd has left: it ended with 3: this is why",
+  );
   const missing = await t.throwsAsync(
     Effect.runPromise(
       Effect.scoped(openVirtiofsd({ what: "--root=/srv", dir: "/srv", find: () => undefined })),
     ),
   );
   t.is(missing?.message, `--root=/srv needs virtiofsd, which is not here. ${HOW_TO_GET}`);
+});
+
+test.serial("a virtiofsd is called as it wants to be, and refuses writes where it can", async (t) => {
+  const withHelp = (help: string): string =>
+    `case $1 in --help) echo '${help}';; *) echo "$*" >&2; exit 3;; esac`;
+  const successor = "      --readonly\n          Prevent the guest";
+  t.regex(await startScript(t, withHelp(successor), true), / --shared-dir=\S+ .* --readonly/);
+  t.notRegex(await startScript(t, withHelp(successor), false), /--readonly/);
+  t.notRegex(await startScript(t, withHelp("      --fd <FD>"), true), /--readonly/);
+  t.regex(await startScript(t, withHelp("    -o source=PATH"), true), / -f --fd=3 -o source=/);
 });
 
 // ---- somebody without rights ----
