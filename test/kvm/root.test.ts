@@ -45,9 +45,9 @@ echo "reboot $?"
 # somebody who may read all that a guest on KVM takes
 chmod 666 /dev/kvm; chmod a+rx /tmp/loopguest-kvm-*
 file=${quoted(kernel)}; while [ "$file" != / ]; do chmod a+rx "$file"; file=$(dirname "$file"); done
-echo mine > /run/secret; chmod 600 /run/secret
-setpriv --reuid=54321 --regid=54321 --clear-groups -- ${quoted(process.execPath)} /tmp/loopguest-kvm-*/loopguest.js \
-  --hypervisor=kvm --exec='id -u; cat /run/secret || echo not for me; cat /etc/debian_version && exit 3' 2>&1
+echo mine > /mnt/secret; chmod 600 /mnt/secret
+setpriv --reuid=54321 --regid=54321 --clear-groups -- loopguest \\
+  --exec='id -u; cat /mnt/secret || echo not for me; cat /etc/debian_version && exit 3' 2>&1
 echo "user $?"
 
 loopguest --exec='echo runs; sleep 1000' > /run/out 2> /run/err &
