@@ -20,6 +20,8 @@ const ROOT_NODE = 1n;
 const OUT_HEADER_BYTES = 16;
 const MEMORY_BYTES = 1 << 20;
 const FEATURES = 1n << 32n;
+/** Another process answers, on a machine that may have much else to do. */
+export const PATIENCE_MS = 60_000;
 /** The queue for requests; its vector. */
 const REQUESTS = 1;
 const VECTOR = 2;
@@ -67,8 +69,8 @@ export class FuseDriver {
     const kick = this.pci.host.kicks.get(BAR + NOTIFY + 4 * REQUESTS);
     if (kick === undefined) throw new Error("the queue has no kick");
     check(native.signal(kick), "kick");
-    await eventually(`the answer to request ${opcode}`, () => rings.hasUsed);
-    await eventually("its interrupt", () => this.pci.host.raised(VECTOR) > 0);
+    await eventually(`the answer to request ${opcode}`, () => rings.hasUsed, PATIENCE_MS);
+    await eventually("its interrupt", () => this.pci.host.raised(VECTOR) > 0, PATIENCE_MS);
     rings.reap();
     const view = rings.view(answer.address, OUT_HEADER_BYTES + replyBytes);
     if (view.getBigUint64(8, true) !== unique) throw new Error("the answer is another request's");

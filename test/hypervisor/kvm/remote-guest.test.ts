@@ -10,6 +10,9 @@ import { takeCount } from "../../transport/pci/pci-driver.ts";
 import { BAR, begin, setUp, tables } from "./pci-assembly.ts";
 import { END, kvmTest, startTiny, word } from "./tiny-guest.ts";
 
+/** The interpreted guest shares its machine with other tests. */
+const PATIENCE_MS = 50_000;
+
 const makeDevice = (loop: EventLoop, backEnd: MockBackEnd): VhostUserDevice =>
   new VhostUserDevice({
     loop,
@@ -56,7 +59,7 @@ kvmTest("a back-end takes a guest's kicks and interrupts it, and nothing of it c
       `,
     });
     const { kick, call } = yield* eventfds(backEnd);
-    yield* Effect.promise(() => eventually("the kicks", () => word(guest.memory, 0x2000) === 1));
+    yield* Effect.promise(() => eventually("the kicks", () => word(guest.memory, 0x2000) === 1, PATIENCE_MS));
     t.is(takeCount(kick), kicks);
     check(native.signal(call), "call");
     t.deepEqual(yield* guest.end, { kind: "reset" });
@@ -94,7 +97,7 @@ kvmTest("what a back-end signals while the vector is masked interrupts when the 
       `,
     });
     const { call } = yield* eventfds(backEnd);
-    yield* Effect.promise(() => eventually("the mask", () => word(guest.memory, 0x2000) === 1));
+    yield* Effect.promise(() => eventually("the mask", () => word(guest.memory, 0x2000) === 1, PATIENCE_MS));
     check(native.signal(call), "call");
     const view = guest.memory.view(0x2004, 4);
     if (view !== undefined) new DataView(view.buffer, view.byteOffset).setUint32(0, 1, true);

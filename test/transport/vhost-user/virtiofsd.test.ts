@@ -10,7 +10,7 @@ import * as Effect from "effect/Effect";
 import * as Exit from "effect/Exit";
 import * as Scope from "effect/Scope";
 import { findVirtiofsd, HOW_TO_GET, openVirtiofsd } from "../../../src/device/virtiofsd.ts";
-import { attach, isAlive, type SharedFolder, shareFolder } from "../../support/fuse-driver.ts";
+import { attach, isAlive, PATIENCE_MS, type SharedFolder, shareFolder } from "../../support/fuse-driver.ts";
 import { ringTest } from "../../support/ring-test.ts";
 import { eventually, openDescriptors, withLoop } from "../../support/test-loop.ts";
 
@@ -69,7 +69,7 @@ function shareTest(title: string, body: (scene: Scene) => Promise<void>): void {
       }
       t.false(isAlive(pid ?? 0), "the first life's virtiofsd has ended");
       // The child's stderr is closed by libuv, in a turn of its own.
-      await eventually("no descriptor is left", () => openDescriptors() <= before);
+      await eventually("no descriptor is left", () => openDescriptors() <= before, PATIENCE_MS);
     }, 1),
   );
 }
@@ -93,7 +93,7 @@ shareTest("after a reset the driver begins anew", async ({ t, shared }) => {
   await fuse.init();
   for (let round = 0; round < 3; round++) {
     fuse.pci.set("status", 0);
-    await eventually("the reset is over", () => fuse.pci.get("status") === 0);
+    await eventually("the reset is over", () => fuse.pci.get("status") === 0, PATIENCE_MS);
     fuse.forgetRings();
     fuse.bringUp();
     await fuse.init();
@@ -125,11 +125,11 @@ shareTest(
     fuse.bringUp();
     await fuse.init();
     killGroup(shared.running().pid);
-    const report = await eventually("a report", () => fuse.pci.reports[0]);
+    const report = await eventually("a report", () => fuse.pci.reports[0], PATIENCE_MS);
     t.regex(report, /^virtiofsd has left: it ended with SIGKILL.*; root is stopped until the guest reboots$/);
     t.is(fuse.pci.get("status") & NEEDS_RESET, NEEDS_RESET);
     fuse.pci.set("status", 0);
-    await eventually("the reset is over", () => fuse.pci.get("status") === 0);
+    await eventually("the reset is over", () => fuse.pci.get("status") === 0, PATIENCE_MS);
     await again(async (next) => {
       next.bringUp();
       await next.init();
@@ -211,7 +211,7 @@ withVirtiofsd("an ordinary user's virtiofsd works, with that user's rights", asy
     : [];
   const words = [...prefix, process.execPath, "--import=tsx", script, folder, "hello"];
   const env = { ...process.env, HOME: folder, TMPDIR: folder };
-  const { stdout } = await run(words[0], words.slice(1), { env, timeout: 60_000 });
+  const { stdout } = await run(words[0], words.slice(1), { env, timeout: 150_000 });
   t.deepEqual(JSON.parse(stdout), { text: "from the host", mkdir: 0 });
   const { uid: owner } = fs.statSync(path.join(folder, "made"));
   t.is(owner, uid, "what the guest's root makes is the user's");
