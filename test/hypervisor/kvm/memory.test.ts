@@ -3,9 +3,12 @@ import * as fs from "node:fs";
 import test from "ava";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
+import { BalloonDevice } from "../../../src/device/balloon.ts";
 import { mapMemory, openMemoryFile, whyNoHugePages } from "../../../src/hypervisor/kvm/memory.ts";
 import type { GuestMemory } from "../../../src/memory/guest-memory.ts";
 import { native } from "../../../src/native.ts";
+import { noCounters } from "../../../src/virtio/queue-runner.ts";
+import { begin, request, setUp, tables } from "./pci-assembly.ts";
 import { END, kvmTest, startTiny, word } from "./tiny-guest.ts";
 
 const MIB = 2 ** 20;
@@ -71,6 +74,46 @@ kvmTest("memory above 4 GiB is the same for the guest and for this process", (t,
     t.is(guest.memory.view(9 * GIB - 4, 8), undefined, "nothing is behind its end");
     t.is(guest.memory.view(3 * GIB, 4), undefined, "nor in the hole");
   }),
+);
+
+kvmTest(
+  "pages that a guest gives up leave the host's memory, and are fresh when it touches them again",
+  (t, loop) =>
+    Effect.gen(function* () {
+      const device = new BalloonDevice("balloon");
+      const kept = 3 * MIB + 4 * 4096;
+      const guest = yield* startTiny(loop, {
+        devices: [{ device, counters: Array.from({ length: device.queueCount }, noCounters) }],
+        prepare: (memory) => {
+          for (let address = 3 * MIB; address <= kept; address += 4096) putWord(memory, address, 7);
+          // The request's 16 bytes: four page numbers.
+          for (let i = 0; i < 4; i++) putWord(memory, 0x14000 + 4 * i, 0x300 + i);
+        },
+        source: `
+        ${begin}
+        ${setUp}
+        movl ${3 * MIB}, %eax
+        movl %eax, 0x2000
+        ${request}
+      handler:
+        movl ${3 * MIB}, %eax; movl %eax, 0x2004
+        movl ${kept - 4096}, %eax; movl %eax, 0x2008
+        movl ${kept}, %eax; movl %eax, 0x200c
+        movl $5, ${3 * MIB}
+        ${END}
+        ${tables}
+      `,
+      });
+      t.deepEqual(yield* guest.end, { kind: "reset" });
+      t.deepEqual(
+        [0x2000, 0x2004, 0x2008, 0x200c].map((address) => word(guest.memory, address)),
+        [7, 0, 0, 7],
+        "before and after, and the page behind them",
+      );
+      t.is(word(guest.memory, 3 * MIB), 5, "what it writes is seen here again");
+      t.deepEqual(device.counters, { requests: 1, bytes: 4 * 4096, errors: 0 });
+      t.deepEqual(guest.reports, []);
+    }),
 );
 
 test("too few huge pages are told with their number and the command", (t) => {
