@@ -5,12 +5,11 @@ import * as os from "node:os";
 import * as path from "node:path";
 import { promisify } from "node:util";
 import type { ExecutionContext } from "ava";
-import { findOnPath, testWith } from "../guest/prerequisites.ts";
+import { findOnPath } from "../guest/prerequisites.ts";
 import { quoted, runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testOnRig } from "./rig.ts";
 
-const test = testWith(
-  ...rigPrograms,
+const test = testOnRig(
   ["fio", "fio"],
   ["iperf3", "iperf3"],
   ["ip", "iproute2"],

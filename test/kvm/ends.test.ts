@@ -1,10 +1,9 @@
 /** The ways in which a guest on KVM ends or begins again, and what is left of it: nothing. */
 import { resolve } from "node:path";
-import { testWith } from "../guest/prerequisites.ts";
 import { quoted, runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testOnRig } from "./rig.ts";
 
-const test = testWith(...rigPrograms, ["ip", "iproute2"], ["flock", "util-linux"], ["python3", "python3"]);
+const test = testOnRig(["ip", "iproute2"], ["flock", "util-linux"], ["python3", "python3"]);
 
 const expect = resolve(import.meta.dirname, "expect.py");
 

@@ -12,13 +12,13 @@ import * as fs from "node:fs/promises";
 import * as os from "node:os";
 import * as path from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { ExecutionContext } from "ava";
+import test, { type ExecutionContext, type SerialFn } from "ava";
 import * as Effect from "effect/Effect";
 import { type CpioEntry, writeCpio } from "../../src/boot/cpio.ts";
 import { readModule, resolveModules } from "../../src/boot/modules.ts";
 import { type Child, type Exit, startChild, within } from "../guest/child.ts";
 import { type AptCache, fetchPackages, testCache } from "../guest/debian.ts";
-import { findOnPath, type Program } from "../guest/prerequisites.ts";
+import { findOnPath, type Program, testWith } from "../guest/prerequisites.ts";
 
 /** Real KVM, as the processor says; a /dev/kvm alone may be one that only emulates. */
 const hasHardwareKvm = ((): boolean => {
@@ -41,6 +41,10 @@ export const rigPrograms: readonly Program[] = [
   ["dpkg", "dpkg"],
   ["unshare", "util-linux"],
 ];
+
+/** A test on the rig, with more programs than the rig's own: one after the other, because each has a machine's memory. */
+export const testOnRig = (...programs: readonly Program[]): SerialFn | typeof test.skip =>
+  testWith(...rigPrograms, ...programs) === test ? test.serial : test.skip;
 
 export interface RigOptions {
   /**

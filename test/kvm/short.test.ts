@@ -2,11 +2,10 @@
  * Debian's kernel on real KVM, in the emulated machine of rig.ts or on this machine's own: the short form, one guest with
  * a disk and entropy.
  */
-import { testWith } from "../guest/prerequisites.ts";
 import { runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testOnRig } from "./rig.ts";
 
-const test = testWith(...rigPrograms);
+const test = testOnRig();
 
 test("Debian's kernel boots on KVM, uses its devices by MSI-X, and its command's status is the launcher's", async (t) => {
   t.timeout(900_000);

@@ -1,13 +1,12 @@
 /** A stock Debian on a disk, by its own kernel and initrd, as its user meets it: on the console. */
 import { resolve } from "node:path";
-import { testWith } from "../guest/prerequisites.ts";
 import { debianImage, imagePrograms, rootPassword } from "./debian-image.ts";
 import { quoted, runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testOnRig } from "./rig.ts";
 
 const isRoot = process.getuid?.() === 0;
 if (!isRoot) console.error("skipped: debootstrap needs root");
-const test = isRoot ? testWith(...rigPrograms, ...imagePrograms, ["python3", "python3"]) : undefined;
+const test = isRoot ? testOnRig(...imagePrograms, ["python3", "python3"]) : undefined;
 
 const expect = resolve(import.meta.dirname, "expect.py");
 
