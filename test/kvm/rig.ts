@@ -233,9 +233,8 @@ const runHere = async (t: ExecutionContext, folder: string, options: RigOptions)
 };
 
 /**
- * Without XSAVE: QEMU's SVM does not tell the hypervisor when a guest sets XCR0 (XSETBV is not intercepted), so KVM
- * puts back what it believes at the next entry, and the guest's kernel saves and restores half of its processes'
- * registers. Programs in it then go astray now and then, some of them for ever.
+ * Without XSAVE: with it guests' kernels find an "XSAVE consistency problem" (KVM's CPUID does not follow what the guest
+ * puts into XCR0, QEMU 7.2), and nothing here needs it.
  */
 const qemuArguments = (kernel: string, initramfs: string, { cpus = 2, disk }: RigOptions): string[] => [
   ...["-M", "pc", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,-xsave"],
