@@ -80,9 +80,9 @@ cat`;
   const disks = [`--block=${big}`, `--block=${small},readonly`, `--block=${direct},direct`];
   const launcher = launch(t, [...disks, `--exec=${command}`], { stdin: "pipe" });
   await launcher.untilStdout(/discarded/);
-  // As the launcher has it now: the descriptors of the direct disk, one of them with O_DIRECT.
-  t.deepEqual(descriptorFlags(launcher.pid, direct), [false, true]);
-  t.deepEqual(descriptorFlags(launcher.pid, big), [false]);
+  // As the launcher has it now: one opening for the lock, one for requests, and of the direct disk one with O_DIRECT.
+  t.deepEqual(descriptorFlags(launcher.pid, direct), [false, false, true]);
+  t.deepEqual(descriptorFlags(launcher.pid, big), [false, false]);
   launcher.stdin.end();
   const { code } = await launcher.exited();
   t.is(code, 0, launcher.stderr());
