@@ -260,7 +260,7 @@ static void run_waiting(struct run *run) {
 
 /* Nothing in flight, the queues running: what the back-end does now it does for itself. */
 static void hold(const struct options *o, struct load_result *result) {
-  usleep(300000); /* what the end of the load still causes */
+  usleep((useconds_t)(o->settle_seconds * 1e6)); /* what the end of the load still causes */
   uint64_t began_ns = now_ns();
   struct usage before = usage_read(o->watch_pid);
   usleep((useconds_t)(o->hold_seconds * 1e6));

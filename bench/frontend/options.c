@@ -42,6 +42,7 @@ static const char HELP[] =
     "  --watch-pid=PID    report this process's CPU time and context switches over the window\n"
     "  --histogram        add the latency buckets to the result\n"
     "  --hold=S           stay connected for so long after the load, and report the idle back-end, too\n"
+    "  --settle=S         time between the load and what --hold reports, default 0.3\n"
     "  --timeout=S        give up when nothing completes or answers for so long (10)\n"
     "KIND of null back-end: instant (completes, touches no data), pattern (fills in the right data),\n"
     "  wrong-data, io-error, silent (never completes), no-irq (completes, never interrupts)\n";
@@ -105,6 +106,7 @@ static const struct option OPTIONS[] = {
     {"watch-pid", required_argument, NULL, 'W'},
     {"histogram", no_argument, NULL, 'H'},
     {"hold", required_argument, NULL, 'O'},
+    {"settle", required_argument, NULL, 'y'},
     {"timeout", required_argument, NULL, 'T'},
     {"null", optional_argument, NULL, 'n'},
     {"serve-null", required_argument, NULL, 'N'},
@@ -150,6 +152,7 @@ static void take_other_option(struct options *o, int letter, const char *name, c
     case 'C': o->cpu = (int)parse_number(name, arg, 0, 1023); break;
     case 'W': o->watch_pid = (int)parse_number(name, arg, 1, INT_MAX); break;
     case 'H': o->histogram = true; break;
+    case 'y': o->settle_seconds = parse_seconds(name, arg); break;
     case 'O': o->hold_seconds = parse_seconds(name, arg); break;
     case 'T': o->timeout_ms = (int)(parse_seconds(name, arg) * 1000); break;
     case 'n':
@@ -219,6 +222,7 @@ void options_parse(struct options *options, int argc, char **argv) {
                               .random_seed = 1,
                               .verify = VERIFY_SAMPLE,
                               .cpu = -1,
+                              .settle_seconds = 0.3,
                               .timeout_ms = 10000};
   int position, letter;
   while ((letter = getopt_long(argc, argv, "", OPTIONS, &position)) != -1) {

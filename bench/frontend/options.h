@@ -43,6 +43,7 @@ struct options {
   int cpu; /* -1: not pinned */
   int watch_pid;
   bool histogram;
+  double settle_seconds; /* from the load to the measured idleness */
   double hold_seconds; /* stay connected so long, idle, after the load */
   int timeout_ms;
   const char *prepare; /* file to write, and nothing else */

@@ -106,6 +106,8 @@ export interface LoadOptions {
   readonly histogram?: boolean;
   /** Stay connected, idle, for so long after the load: `held` of the result. Needs watchPid. */
   readonly holdSeconds?: number;
+  /** Time between the load and `held`, what the load still causes is over by then; 0.3 when not given. */
+  readonly settleSeconds?: number;
   readonly timeoutSeconds?: number;
 }
 
@@ -192,6 +194,7 @@ const FLAGS: Partial<Record<keyof LoadOptions, string>> = {
   cpu: "cpu",
   watchPid: "watch-pid",
   holdSeconds: "hold",
+  settleSeconds: "settle",
   timeoutSeconds: "timeout",
 };
 
@@ -212,6 +215,7 @@ export async function runFrontEnd(program: string, options: LoadOptions): Promis
     (options.seconds ?? 2) +
     (options.warmupSeconds ?? 0.3) +
     (options.holdSeconds ?? 0) +
+    (options.settleSeconds ?? 0) +
     2 * (options.timeoutSeconds ?? 10);
   const timeoutMs = (options.count === undefined ? planned + 10 : 600) * 1000;
   return JSON.parse(await runProgram(frontEndCommand(program, options), { timeoutMs })) as LoadResult;

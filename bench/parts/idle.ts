@@ -5,6 +5,8 @@ import { runFrontEnd } from "../lib/front-end.ts";
 
 const GROUP = "idle";
 const ARMS = ["loop", "threads", "qsd-io_uring", "qsd-threads"];
+/** V8 collects twice more, 10 to 20 s after a load, and then never again while nothing happens. */
+const SETTLE_SECONDS = 25;
 const MIB = 2 ** 20;
 
 /** After a load, so that compilers and garbage collectors are where they are in real life. */
@@ -12,18 +14,19 @@ export async function runIdle(bench: Bench): Promise<void> {
   const arms = ARMS.filter((arm) => bench.backEnds.has(arm));
   if (arms.length === 0) return;
   const holdSeconds = bench.settings.quick ? 1 : 5;
+  const settleSeconds = bench.settings.quick ? 0.3 : SETTLE_SECONDS;
   const work = "idle/connected";
   bench.groups.push({
     name: GROUP,
     title: "Idle",
-    about: `${holdSeconds} s with a driver connected, after a load, and nothing in flight. A wake-up is a voluntary context switch of any thread.`,
+    about: `${holdSeconds} s with a driver connected, nothing in flight, ${settleSeconds} s after a load. A wake-up is a voluntary context switch of any thread.`,
     works: [{ id: work, title: "connected" }],
     figures: ["wakeups_per_second", "cpu_percent", "threads", "rss_mib", "own_rss_mib"],
   });
   progress(`idle, ${holdSeconds} s for each arm`);
   const files = await diskFiles(bench, 1);
   for (const arm of arms)
-    await attempt(bench, arm, work, () => measure(bench, arm, work, files, holdSeconds));
+    await attempt(bench, arm, work, () => measure(bench, arm, work, files, { holdSeconds, settleSeconds }));
 }
 
 async function measure(
@@ -31,7 +34,7 @@ async function measure(
   arm: string,
   work: string,
   files: readonly string[],
-  holdSeconds: number,
+  hold: { readonly holdSeconds: number; readonly settleSeconds: number },
 ) {
   const backEnd = bench.backEnds.get(arm);
   if (backEnd === undefined) return;
@@ -42,7 +45,7 @@ async function measure(
       mode: "wait",
       seconds: bench.settings.seconds,
       watchPid: running.pid,
-      holdSeconds,
+      ...hold,
     });
     if (held === undefined || seconds === undefined) return;
     const figures = {
