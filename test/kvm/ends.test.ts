@@ -73,9 +73,13 @@ cat /run/out
 
 test("three ^C within a second leave with 130 and the terminal as it was", async (t) => {
   t.timeout(1_500_000);
-  const steps = ["wait 1000 / # ", "type echo he''llo\\r", "wait 60 ^hello", "type \\003\\003\\003", ""].join(
-    "\n",
-  );
+  const steps = [
+    "wait 1000 [#$] ",
+    "type echo he''llo\\r",
+    "wait 60 ^hello",
+    "type \\003\\003\\003",
+    "",
+  ].join("\n");
   const result = await runWithLoopguest(
     t,
     () => `

@@ -26,7 +26,8 @@ def read(fd, until):
         data = os.read(fd, 65536)
     except OSError:
         return False
-    text = data.decode("utf8", "replace").replace("\r", "")
+    # Without what only moves the cursor, colours, or tells the terminal of pasting.
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", data.decode("utf8", "replace"))
     sys.stdout.write(text)
     sys.stdout.flush()
     unseen = (unseen + text)[-65536:]

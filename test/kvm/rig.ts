@@ -134,7 +134,8 @@ class Output {
   }
 
   readonly take = (sent: string): void => {
-    this.lastSignOfLife = performance.now();
+    // A kernel that says for ever that its processors are stuck does not live.
+    if (!/^\[ *\d+\.\d+\] watchdog: /.test(sent)) this.lastSignOfLife = performance.now();
     // A sign of life may come in the middle of somebody's line.
     if (sent.endsWith(alive)) {
       this.#part += sent.slice(0, -alive.length);
