@@ -262,7 +262,7 @@ export class QueueRunner implements LoopMember, QueuePort {
 
   #growBatch(): void {
     const batch = this.#batch;
-    const isDeep = batch < this.#batchDeepMax && this.#waiting >= 2 * batch;
+    const isDeep = batch < this.#batchDeepMax && this.#waiting > 2 * batch;
     if (batch < this.#batchMax || isDeep) this.#batch = 2 * batch;
   }
 

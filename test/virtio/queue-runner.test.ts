@@ -71,6 +71,7 @@ test("batches grow to 16, and further where two of the next would wait", (t) => 
     return service.batches;
   };
   t.deepEqual(batchesOf(32), [4, 8, 16, 4]);
+  t.deepEqual(batchesOf(44), [4, 8, 16, 16]);
   t.deepEqual(batchesOf(64), [4, 8, 16, 32, 4]);
   t.deepEqual(batchesOf(250), [4, 8, 16, 32, 64, 64, 62]);
 });
