@@ -144,8 +144,9 @@ test("a killed server's lock is gone as soon as the server is", async (t) => {
   const folder = scratchFolder();
   t.teardown(folder.remove);
   const file = makeFile(folder.path, "disk.img", 4096);
-  const socket = join(folder.path, "sock");
   for (let i = 0; i < 3; i++) {
+    // A killed server's socket stays: each has its own, so that what is there is this one's.
+    const socket = join(folder.path, `sock${i}`);
     const words = ["--import=tsx", "src/main.ts", "serve", `--block=${file},socket=${socket}`];
     const server = startChild(t, process.execPath, words, { cwd: join(import.meta.dirname, "../..") });
     await untilListening(server, socket, 60_000);
