@@ -5,6 +5,7 @@
  */
 import { ERRNO, native } from "../native.ts";
 import type { DescriptorChain } from "../virtio/chain.ts";
+import type { QueuePort } from "../virtio/device.ts";
 import { Iovecs } from "./iovecs.ts";
 import { IOVECS_A_CALL_MAX, type NetLane } from "./net-backend.ts";
 
@@ -67,6 +68,11 @@ export class HeldChains {
     return this.#endIovec - this.#firstIovec;
   }
 
+  /** They are as many as one call takes: no further chain may be added. */
+  get isFull(): boolean {
+    return this.segments >= IOVECS_A_CALL_MAX;
+  }
+
   /** Address of the first segment's iovec. */
   get iovecs(): number {
     return this.#iovecs.at(this.#firstIovec);
@@ -80,14 +86,16 @@ export class HeldChains {
     return this.#words[CHAINS + WORDS_A_CHAIN * this.#first + 1];
   }
 
-  get lastBytes(): number {
-    return this.#words[CHAINS + WORDS_A_CHAIN * (this.#end - 1) + 1];
-  }
-
-  /** Adds a chain with its segments, or without: then it is used up like others, but is no frame. */
+  /** Adds a chain with its segments, or without: then it is used up like others, but is no frame. Not when full. */
   add(chain: DescriptorChain, bytes: number, segments: number): void {
     if (this.#endIovec + segments > this.#iovecs.capacity || this.#end === this.#heads.length)
       this.#compact();
+    // What is behind the arrays' end would be read as addresses: never, whatever a guest brings.
+    if (this.#endIovec + segments > this.#iovecs.capacity || this.#end === this.#heads.length) {
+      throw new Error(
+        `${this.count} chains of ${this.segments} segments are held; ${segments} more do not fit`,
+      );
+    }
     const at = this.#end++;
     const word = CHAINS + WORDS_A_CHAIN * at;
     // No frame is nearly as long.
@@ -121,12 +129,17 @@ export class HeldChains {
     return head;
   }
 
-  /** The last chain is held no longer; its head. */
-  pop(): number {
-    const at = --this.#end;
-    this.#endIovec -= this.#words[CHAINS + WORDS_A_CHAIN * at];
-    this.#bytes -= this.#words[CHAINS + WORDS_A_CHAIN * at + 1];
-    return this.#heads[at];
+  /** All go back into the ring, the last first: a driver that goes on finds them unused. `chain` serves to say so. */
+  giveBack(port: QueuePort, chain: DescriptorChain): void {
+    chain.clear(0);
+    while (this.count > 0) {
+      const at = --this.#end;
+      this.#endIovec -= this.#words[CHAINS + WORDS_A_CHAIN * at];
+      chain.readableBytes = this.#words[CHAINS + WORDS_A_CHAIN * at + 1];
+      this.#bytes -= chain.readableBytes;
+      chain.head = this.#heads[at];
+      port.untake(chain);
+    }
   }
 
   /**

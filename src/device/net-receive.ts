@@ -18,7 +18,6 @@ import type { QueuePort, QueueService } from "../virtio/device.ts";
 import { HeldChains } from "./held-chains.ts";
 import { Iovecs } from "./iovecs.ts";
 import {
-  IOVECS_A_CALL_MAX,
   type NetCounters,
   type NetLane,
   signalBound,
@@ -119,14 +118,14 @@ export class ReceiveService implements QueueService {
   get #hasRoom(): boolean {
     const held = this.#held;
     if (!this.#options.merges) return held.count > 0;
-    if (held.segments >= IOVECS_A_CALL_MAX) return true;
+    if (held.isFull) return true;
     return held.bytes >= (this.#staged > 0 ? this.#staged : this.#options.roomBytes);
   }
 
   /** Chains beyond the room for the largest frame let one call read many small ones. */
   get #wantsChain(): boolean {
     const held = this.#held;
-    if (!this.#isReadable || held.segments >= IOVECS_A_CALL_MAX) return false;
+    if (!this.#isReadable || held.isFull) return false;
     if (!this.#options.merges) return held.count < FRAMES_HELD;
     const spare = held.bytes - this.#options.roomBytes;
     return spare <= 0 || spare * held.count < FRAMES_HELD * held.bytes;
@@ -167,7 +166,7 @@ export class ReceiveService implements QueueService {
     for (let i = 0; i < count; i++) {
       const got = held.results[i];
       if (got > 0) this.#use(got);
-      else if (got === -ERRNO.EMSGSIZE) this.#options.counters.dropped++;
+      else if (got === -ERRNO.EMSGSIZE) this.#drop();
       else return this.#notRead(got);
     }
     return true;
@@ -185,12 +184,18 @@ export class ReceiveService implements QueueService {
     const length = this.#staged;
     this.#staged = 0;
     if (held.bytes < length) {
-      this.#options.counters.dropped++;
+      this.#drop();
       return true;
     }
     held.scatter(this.#stage, length);
     this.#use(length);
     return true;
+  }
+
+  /** A frame longer than all room is lost. How long it was is not known, so it counts as the longest. */
+  #drop(): void {
+    this.#turnBytes += FRAME_BYTES_MAX;
+    this.#options.counters.dropped++;
   }
 
   #notRead(result: number): boolean {
@@ -229,13 +234,7 @@ export class ReceiveService implements QueueService {
     this.#ended = true;
     this.#isReadable = false;
     this.#frames.close();
-    // Back into the ring, the last first; a driver that goes on finds its buffers unused.
-    this.#chain.clear(0);
-    while (this.#held.count > 0) {
-      this.#chain.writableBytes = this.#held.lastBytes;
-      this.#chain.head = this.#held.pop();
-      this.#port.untake(this.#chain);
-    }
+    this.#held.giveBack(this.#port, this.#chain);
   }
 
   release(): void {

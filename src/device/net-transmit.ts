@@ -49,7 +49,7 @@ export class TransmitService implements QueueService {
     if (this.#waits) return 0;
     let served = 0;
     try {
-      for (let bytes = 0; served < limit && bytes < TURN_BYTES_MAX; served++) {
+      for (let bytes = 0; served < limit && bytes < TURN_BYTES_MAX && !this.#held.isFull; served++) {
         if (!this.#port.take(this.#chain)) break;
         this.#hold();
         bytes += this.#chain.readableBytes;
@@ -108,13 +108,7 @@ export class TransmitService implements QueueService {
 
   stop(): void {
     this.#waits = false;
-    // Back into the ring, the last first.
-    this.#chain.clear(0);
-    while (this.#held.count > 0) {
-      this.#chain.readableBytes = this.#held.lastBytes;
-      this.#chain.head = this.#held.pop();
-      this.#port.untake(this.#chain);
-    }
+    this.#held.giveBack(this.#port, this.#chain);
     this.#room.close();
   }
 

@@ -164,6 +164,40 @@ test("chains that are no frame are dropped: nothing but a header, less, and more
   t.is(scene.device.counters.transmitted.dropped, 3);
 });
 
+test("however many segments wait to be sent, each frame is its own, with room and without", async (t) => {
+  const bytes = 12 + 1023;
+  const offerAll = (scene: NetScene): void => {
+    const { driver } = scene.transmit;
+    // More segments than are held at a time, in few bytes: nothing but their number bounds them.
+    for (let n = 1; n <= 8; n++) {
+      const header = driver.readable(new Uint8Array(12));
+      const byte = driver.readable(Uint8Array.of(n));
+      driver.makeAvailable(driver.addIndirect([header, ...Array.from({ length: 1023 }, () => byte)]));
+    }
+    driver.publish();
+    scene.lane.roomFrames = 3;
+    scene.transmit.kick();
+    scene.rig.run();
+  };
+  const sent = ({ lane }: NetScene) => lane.sent.map((one) => [one.length, one[12], one[bytes - 1]]);
+  const numbers = (...all: number[]) => all.map((n) => [bytes, n, n]);
+
+  const goesOn = new NetScene();
+  offerAll(goesOn);
+  t.deepEqual(sent(goesOn), numbers(1, 2, 3));
+  goesOn.lane.roomFrames = 100;
+  goesOn.rig.run();
+  t.deepEqual(sent(goesOn), numbers(1, 2, 3, 4, 5, 6, 7, 8));
+  t.is(goesOn.transmit.driver.reap().length, 8);
+
+  const stops = new NetScene();
+  offerAll(stops);
+  const stopped = stops.transmit.stop();
+  stops.rig.run();
+  await stopped;
+  t.is(stops.transmit.runner.nextAvailable, 3);
+});
+
 test("a frame goes into as many buffers as it needs, and num_buffers says how many", (t) => {
   const scene = new NetScene();
   const addresses = scene.offer(...Array(10).fill(100));
@@ -265,6 +299,22 @@ test("a frame longer than all room is dropped, never cut", (t) => {
     [72],
   );
   t.is(scene.device.counters.received.dropped, 1);
+});
+
+test("frames that are lost for want of room end a turn, too", (t) => {
+  const scene = new NetScene({ queueSize: 64 });
+  const { driver } = scene.receive;
+  const byte = driver.writable(1);
+  const header = driver.writable(12);
+  driver.makeAvailable(driver.addIndirect([header, ...Array.from({ length: 1023 }, () => byte)]));
+  driver.publish();
+  scene.lane.frames.push(...Array.from({ length: 640 }, (_, n) => frame(n & 0xff, 2000)));
+  scene.receive.kick();
+  const { laps } = scene.rig.loop.counters;
+  scene.rig.run();
+  t.is(scene.device.counters.received.dropped, 640);
+  // Not more than one call reads: others have their turn in between.
+  t.true(scene.rig.loop.counters.laps - laps >= 8, `${scene.rig.loop.counters.laps - laps} laps`);
 });
 
 test("interrupts come when the lane is empty, not per frame", (t) => {
