@@ -53,6 +53,33 @@ static napi_value do_writev(napi_env env, napi_callback_info info)
 	return pass_one(env, info, false);
 }
 
+/* Copies between vectors, from their byte `skip` on, and `bytes`; the count that both had room for. */
+static size_t copy(const struct wide_vector *vectors, size_t count, size_t skip, uint8_t *bytes, size_t length, bool out)
+{
+	size_t done = 0;
+
+	for (size_t i = 0; i < count && done < length; i++) {
+		size_t take = (size_t)vectors[i].length;
+		uint8_t *at = (uint8_t *)(uintptr_t)vectors[i].base;
+
+		if (skip >= take) {
+			skip -= take;
+			continue;
+		}
+		at += skip;
+		take -= skip;
+		skip = 0;
+		if (take > length - done)
+			take = length - done;
+		if (out)
+			memcpy(bytes + done, at, take);
+		else
+			memcpy(at, bytes + done, take);
+		done += take;
+	}
+	return done;
+}
+
 /* What src/device/held-chains.ts lays out: the rule of a call and its results, and the chains. */
 enum { FRAMES_A_CALL_MAX = 64, NUM_BUFFERS_OFFSET = 10 };
 
@@ -69,15 +96,24 @@ struct chain {
 	uint32_t segments, bytes;
 };
 
-static void put_byte(const struct wide_vector *vector, uint32_t segments, uint64_t offset, uint8_t byte)
+/* The arguments of readFrames and writeFrames. */
+struct frames {
+	int fd;
+	const struct wide_vector *vector;
+	const struct chain *chain;
+	uint32_t count;
+	struct frame_call *call;
+};
+
+static struct frames get_frames(napi_env env, napi_callback_info info)
 {
-	for (uint32_t i = 0; i < segments; i++) {
-		if (offset < vector[i].length) {
-			((uint8_t *)(uintptr_t)vector[i].base)[offset] = byte;
-			return;
-		}
-		offset -= vector[i].length;
-	}
+	struct args args = get_args(env, info);
+
+	return (struct frames){ .fd = arg_int(&args, 0),
+				.vector = arg_pointer(&args, 1),
+				.chain = arg_pointer(&args, 2),
+				.count = arg_uint(&args, 3),
+				.call = arg_pointer(&args, 4) };
 }
 
 /* The chains that the next frame may need: as many as make the room, and as one call takes. */
@@ -113,40 +149,38 @@ static bool is_enough(const struct frame_call *call, const struct room *room, ui
  */
 static napi_value read_frames(napi_env env, napi_callback_info info)
 {
-	struct args args = get_args(env, info);
-	const struct wide_vector *vector = arg_pointer(&args, 1);
-	const struct chain *chain = arg_pointer(&args, 2);
-	uint32_t count = arg_uint(&args, 3), done = 0;
-	struct frame_call *call = arg_pointer(&args, 4);
-	int fd = arg_int(&args, 0);
+	struct frames f = get_frames(env, info);
+	uint32_t done = 0;
 	uint64_t total = 0;
 
-	while (done < FRAMES_A_CALL_MAX && count > 0 && total < call->bytes_max) {
-		struct room room = find_room(call, chain, count);
+	while (done < FRAMES_A_CALL_MAX && f.count > 0 && total < f.call->bytes_max) {
+		struct room room = find_room(f.call, f.chain, f.count);
 		uint32_t segments = room.segments < IOV_MAX ? room.segments : IOV_MAX, buffers = 0;
-		const struct wide_vector *first = vector;
+		const struct wide_vector *first = f.vector;
 		int32_t got;
 
-		if (!is_enough(call, &room, count))
+		if (!is_enough(f.call, &room, f.count))
 			break;
-		got = pass_frame(fd, vector, segments, true);
-		if (got > 0 && call->room_bytes > 0 && (uint64_t)got >= room.bytes) {
-			call->result[done++] = -EMSGSIZE;
+		got = pass_frame(f.fd, f.vector, segments, true);
+		if (got > 0)
+			total += (uint64_t)got;
+		if (got > 0 && f.call->room_bytes > 0 && (uint64_t)got >= room.bytes) {
+			f.call->result[done++] = -EMSGSIZE;
 			continue;
 		}
-		call->result[done++] = got;
+		f.call->result[done++] = got;
 		if (got <= 0)
 			break;
-		total += (uint64_t)got;
-		for (uint64_t bytes = 0; bytes < (uint64_t)got && (buffers == 0 || call->room_bytes > 0); buffers++) {
-			bytes += chain->bytes;
-			vector += chain->segments;
-			chain++;
-			count--;
+		for (uint64_t bytes = 0; bytes < (uint64_t)got && (buffers == 0 || f.call->room_bytes > 0); buffers++) {
+			bytes += f.chain->bytes;
+			f.vector += f.chain->segments;
+			f.chain++;
+			f.count--;
 		}
-		if (call->long_header) {
-			put_byte(first, segments, NUM_BUFFERS_OFFSET, (uint8_t)buffers);
-			put_byte(first, segments, NUM_BUFFERS_OFFSET + 1, (uint8_t)(buffers >> 8));
+		if (f.call->long_header) {
+			uint8_t number[] = { (uint8_t)buffers, (uint8_t)(buffers >> 8) };
+
+			copy(first, segments, NUM_BUFFERS_OFFSET, number, sizeof(number), false);
 		}
 	}
 	return from_int(env, (int32_t)done);
@@ -155,50 +189,19 @@ static napi_value read_frames(napi_env env, napi_callback_info info)
 /* writeFrames(fd, iovecs, chains, count, call): the frame of each chain, until one finds no room; how many results. */
 static napi_value write_frames(napi_env env, napi_callback_info info)
 {
-	struct args args = get_args(env, info);
-	const struct wide_vector *vector = arg_pointer(&args, 1);
-	const struct chain *chain = arg_pointer(&args, 2);
-	uint32_t count = arg_uint(&args, 3), done = 0;
-	struct frame_call *call = arg_pointer(&args, 4);
-	int fd = arg_int(&args, 0);
+	struct frames f = get_frames(env, info);
+	uint32_t done = 0;
 
-	while (done < count && done < FRAMES_A_CALL_MAX) {
-		uint32_t segments = chain[done].segments;
-		int32_t result = segments == 0 ? -EINVAL : pass_frame(fd, vector, segments, false);
+	while (done < f.count && done < FRAMES_A_CALL_MAX) {
+		uint32_t segments = f.chain[done].segments;
+		int32_t result = segments == 0 ? -EINVAL : pass_frame(f.fd, f.vector, segments, false);
 
-		call->result[done++] = result;
+		f.call->result[done++] = result;
 		if (result == -EAGAIN)
 			break;
-		vector += segments;
+		f.vector += segments;
 	}
 	return from_int(env, (int32_t)done);
-}
-
-/* Copies between iovecs, from their byte `skip` on, and `bytes`; the count that both had room for. */
-static size_t copy(const struct iovec *iovecs, size_t count, size_t skip, uint8_t *bytes, size_t length, bool out)
-{
-	size_t done = 0;
-
-	for (size_t i = 0; i < count && done < length; i++) {
-		size_t take = iovecs[i].iov_len;
-		uint8_t *at = iovecs[i].iov_base;
-
-		if (skip >= take) {
-			skip -= take;
-			continue;
-		}
-		at += skip;
-		take -= skip;
-		skip = 0;
-		if (take > length - done)
-			take = length - done;
-		if (out)
-			memcpy(bytes + done, at, take);
-		else
-			memcpy(at, bytes + done, take);
-		done += take;
-	}
-	return done;
 }
 
 /* The six arguments of scatter and gather: iovecs, count, skip, bytes, offset, length. */
@@ -207,15 +210,13 @@ static napi_value copy_arguments(napi_env env, napi_callback_info info, bool out
 	struct args args = get_args(env, info);
 	size_t space, offset = arg_uint(&args, 4), length = arg_uint(&args, 5);
 	uint8_t *bytes = arg_bytes(&args, 3, &space);
-	struct vector_space vectors;
-	uint32_t count = arg_uint(&args, 1);
 
 	if (!bytes || offset > space || length > space - offset) {
 		errno = EINVAL;
 		return from_result(env, -1);
 	}
-	return from_int(env, (int32_t)copy(native_vectors(arg_pointer(&args, 0), count, &vectors), count,
-					   arg_uint(&args, 2), bytes + offset, length, out));
+	return from_int(env, (int32_t)copy(arg_pointer(&args, 0), arg_uint(&args, 1), arg_uint(&args, 2),
+					   bytes + offset, length, out));
 }
 
 static napi_value scatter(napi_env env, napi_callback_info info)
