@@ -15,7 +15,6 @@ import { ERRNO, native } from "../native.ts";
 import { DescriptorChain } from "../virtio/chain.ts";
 import { DEVICE_ID, type QueuePort, type QueueService, type VirtioDevice } from "../virtio/device.ts";
 import { bit, has } from "../virtio/features.ts";
-import { QUEUE_SIZE_MAX } from "../virtio/split-queue.ts";
 import {
   type DiskFile,
   FALLOC_KEEP_SIZE,
@@ -155,12 +154,13 @@ class BlockService implements QueueService {
   readonly #iovecsAddress: number;
   readonly #iovecsLength: number;
   readonly #iovecs: Uint32Array;
+  /** 0: only with the whole batch. */
   readonly #submitEvery: number;
 
   constructor(device: BlockDevice, port: QueuePort) {
     this.device = device;
     this.disk = device.disk;
-    this.#submitEvery = this.disk.directFd === undefined ? QUEUE_SIZE_MAX : DIRECT_SUBMIT_EVERY;
+    this.#submitEvery = this.disk.directFd === undefined ? 0 : DIRECT_SUBMIT_EVERY;
     this.port = port;
     this.loop = port.loop;
     this.writeFlags = has(port.features, BLK_F_FLUSH) ? 0 : WRITE_DSYNC;
@@ -176,7 +176,7 @@ class BlockService implements QueueService {
     while (served < limit && this.port.take(chain)) {
       served++;
       this.#request(chain.head).begin(chain);
-      if (served % this.#submitEvery === 0) this.loop.queue.submit();
+      if (this.#submitEvery > 0 && served % this.#submitEvery === 0) this.loop.queue.submit();
     }
     return served;
   }
