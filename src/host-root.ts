@@ -2,8 +2,8 @@
 import { resolve } from "node:path";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
-import type { GuestRoot } from "./boot/initramfs.ts";
-import { resolveModules } from "./boot/modules.ts";
+import { defaultGuestModules, type GuestRoot } from "./boot/initramfs.ts";
+import { resolveModules, whyPacked } from "./boot/modules.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { checkRoot } from "./default-guest.ts";
 import { FS_QUEUES, fsConfig } from "./device/fs.ts";
@@ -20,6 +20,12 @@ const TAG = "loopguest";
 /** The modules that it takes, beside the driver of the bus. */
 export const hostRootModules = ({ root }: RunCommand): readonly string[] =>
   root.writable ? ["virtiofs"] : ["virtiofs", "overlay"];
+
+/** Those that it cannot do without, whatever its root is. */
+export const guestModules = ({ blocks, nets }: RunCommand): readonly string[] => [
+  "virtio_pci",
+  ...defaultGuestModules({ disks: blocks.length > 0, network: nets.length > 0, overlay: false }),
+];
 
 export interface HostRoot {
   readonly device: RemoteDevice;
@@ -41,9 +47,11 @@ export function whyNoHostRoot(command: RunCommand, kernel: KvmKernel): Effect.Ef
   const hindrance = virtiofsdHindrance();
   if (hindrance !== undefined) return Effect.succeed(`virtiofsd, for its root on KVM: ${hindrance}`);
   if (kernel.modules === undefined) return Effect.succeed(undefined);
-  return resolveModules(kernel.modules, hostRootModules(command)).pipe(
-    Effect.map(({ missing }) =>
-      missing.length === 0 ? undefined : `the kernel ${kernel.path} has no driver ${missing.join(", ")}`,
+  return resolveModules(kernel.modules, [...guestModules(command), ...hostRootModules(command)]).pipe(
+    Effect.map(({ files, missing }) =>
+      missing.length === 0
+        ? files.map(whyPacked).find((why) => why !== undefined)
+        : `the kernel ${kernel.path} has no driver ${missing.join(", ")}`,
     ),
     Effect.catch((error) => Effect.succeed(error.message)),
   );

@@ -3,14 +3,21 @@ import * as fs from "node:fs";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import { guestInitPath } from "./boot/files.ts";
-import { buildInitramfs, defaultGuestModules, initramfsRoot } from "./boot/initramfs.ts";
+import { buildInitramfs, initramfsRoot } from "./boot/initramfs.ts";
 import { readKernelImage } from "./boot/kernel-image.ts";
 import { mapFile } from "./boot/mapped-file.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
 import { BalloonDevice } from "./device/balloon.ts";
 import { enterStats, type Services } from "./devices.ts";
-import { type HostRoot, hostRootModules, isRootNamed, openHostRoot, rootName } from "./host-root.ts";
+import {
+  guestModules,
+  type HostRoot,
+  hostRootModules,
+  isRootNamed,
+  openHostRoot,
+  rootName,
+} from "./host-root.ts";
 import { type KvmGuest, startKvm } from "./hypervisor/kvm/kvm.ts";
 import type { MachineDevice } from "./hypervisor/kvm/machine.ts";
 import {
@@ -103,15 +110,7 @@ function obtainInitrd(services: Services, command: RunCommand, kernel: KvmKernel
     if (command.initrd !== undefined) return { initrd: yield* map("the initrd", command.initrd) } as Initrd;
     const isDefault = command.kernel === undefined;
     if (!isDefault && kernel.modules === undefined) return { initrd: undefined } as Initrd;
-    const wanted = [
-      "virtio_pci",
-      ...defaultGuestModules({
-        disks: command.blocks.length > 0,
-        network: command.nets.length > 0,
-        overlay: false,
-      }),
-      ...(isDefault ? [] : DISK_FILE_SYSTEMS),
-    ];
+    const wanted = [...guestModules(command), ...(isDefault ? [] : DISK_FILE_SYSTEMS)];
     const forRoot = isDefault ? hostRootModules(command) : [];
     const welcome = [...forRoot, ...(command.hugePages ? [] : [BALLOON_DRIVER])];
     const { loaded, missing } = yield* loadModules(services, command, kernel, wanted, welcome);

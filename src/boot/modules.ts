@@ -81,16 +81,21 @@ export const readModule = (file: ModuleFile): Effect.Effect<LoadedModule, Module
 const asModuleError = (error: unknown, what: string): ModuleError =>
   error instanceof ModuleError ? error : new ModuleError({ message: `${what}: ${(error as Error).message}` });
 
-function readUnpacked(path: string): Uint8Array {
+/** Why a module with this name cannot be read, or undefined. */
+export function whyPacked({ path }: ModuleFile): string | undefined {
   const packing = MODULE_FILE.exec(path)?.[1];
-  if (packing === ".xz" || packing === ".zst") {
-    const tool = packing === ".xz" ? "xz" : "zstd";
-    throw new ModuleError({
-      message:
-        `the kernel module ${path} is packed with ${tool}, which loopguest cannot unpack; ` +
-        `unpack it beside itself: ${tool} -dk ${path}`,
-    });
-  }
+  if (packing !== ".xz" && packing !== ".zst") return undefined;
+  const tool = packing === ".xz" ? "xz" : "zstd";
+  return (
+    `the kernel module ${path} is packed with ${tool}, which loopguest cannot unpack; ` +
+    `unpack it beside itself: ${tool} -dk ${path}`
+  );
+}
+
+function readUnpacked(path: string): Uint8Array {
+  const why = whyPacked({ name: path, path });
+  if (why !== undefined) throw new ModuleError({ message: why });
+  const packing = MODULE_FILE.exec(path)?.[1];
   const data = readFileSync(path);
   return packing === ".gz" ? gunzipSync(data) : data;
 }

@@ -91,16 +91,18 @@ export function openVirtiofsd(
       });
     }
     // Asked now, and waited for at the start: that is time in which a kernel is loaded.
-    const kind = yield* Effect.forkScoped(kindOf(program), { startImmediately: true });
+    const words = yield* Effect.forkScoped(
+      Effect.map(kindOf(program), (kind) => commandWords(program, kind, options)),
+      { startImmediately: true },
+    );
     // Nobody else may connect: whoever does first is served.
     const folder = yield* Effect.acquireRelease(
       Effect.sync(() => fs.mkdtempSync(join(tmpdir(), "loopguest-virtiofsd-"))),
       (made) => Effect.sync(() => fs.rmSync(made, { recursive: true, force: true })),
     );
     let starts = 0;
-    const begin = (of: Kind) =>
-      start(options, commandWords(program, of, options), join(folder, String(starts++)));
-    return { program, start: Effect.flatMap(Fiber.join(kind), begin) };
+    const begin = (command: readonly string[]) => start(options, command, join(folder, String(starts++)));
+    return { program, start: Effect.flatMap(Fiber.join(words), begin) };
   });
 }
 
@@ -176,23 +178,59 @@ function hasRange(): boolean {
 
 /** Why virtiofsd may not work for this user, as far as that can be seen; undefined: nothing is known against it. */
 export function virtiofsdHindrance(): string | undefined {
-  const uid = process.getuid?.() ?? 0;
+  if (process.getuid?.() === 0) return canMakeNamespaces() ? undefined : HOW_TO_BE_ROOT;
+  const forbidden = whyNoUserNamespace();
+  if (forbidden !== undefined) return forbidden;
   const others = process.getgroups?.().filter((group) => group !== process.getgid?.()) ?? [];
-  if (uid === 0 || others.length === 0 || findVirtiofsd() !== QEMUS_PLACE) return undefined;
+  if (others.length === 0 || findVirtiofsd() !== QEMUS_PLACE) return undefined;
   return hasRange() ? undefined : HOW_TO_DROP_GROUPS;
+}
+
+const HOW_TO_BE_ROOT =
+  "It shuts itself in, which root may do with the capability CAP_SYS_ADMIN only (capabilities(7))";
+
+/** CAP_SYS_ADMIN of linux/capability.h, in what proc(5) says of this process. */
+function canMakeNamespaces(): boolean {
+  const effective = /^CapEff:\s*([0-9a-f]+)$/m.exec(textOf("/proc/self/status") ?? "")?.[1];
+  return effective === undefined || ((Number.parseInt(effective.slice(-8), 16) >>> 21) & 1) === 1;
+}
+
+/** What forbids an ordinary user to be root in a namespace: user_namespaces(7), and what Debian and Ubuntu added. */
+function whyNoUserNamespace(): string | undefined {
+  const path = process.env.PATH ?? "";
+  if (!path.split(delimiter).some((folder) => isAbsolute(folder) && isExecutable(join(folder, "unshare")))) {
+    return "An ordinary user's needs unshare: apt-get install util-linux";
+  }
+  const forbids: readonly (readonly [sysctl: string, value: string])[] = [
+    ["user.max_user_namespaces", "0"],
+    ["kernel.unprivileged_userns_clone", "0"],
+    ["kernel.apparmor_restrict_unprivileged_userns", "1"],
+  ];
+  const found = forbids.find(
+    ([sysctl, value]) => textOf(`/proc/sys/${sysctl.replaceAll(".", "/")}`)?.trim() === value,
+  );
+  return found === undefined
+    ? undefined
+    : `An ordinary user's needs a user namespace, which sysctl ${found[0]}=${found[1]} forbids`;
+}
+
+/** A small file's text, or undefined where there is none. */
+function textOf(file: string): string | undefined {
+  try {
+    return fs.readFileSync(file, "utf8");
+  } catch {
+    return undefined;
+  }
 }
 
 function start({ what, trace }: VirtiofsdOptions, words: readonly string[], path: string) {
   return Effect.gen(function* () {
-    const [ours, listening] = yield* attempt(what, () => connectedPair(path));
-    const child = yield* Effect.acquireRelease(
-      Effect.sync(() => {
-        const stdio = ["ignore", "ignore", "pipe", listening] as const;
-        const process = spawn(words[0], words.slice(1), { stdio: [...stdio], detached: true });
-        native.close(listening);
-        return watch(process, trace);
+    const { ours, child } = yield* Effect.acquireRelease(
+      attempt(what, () => {
+        const { ours, process } = spawnConnected(words, path);
+        return { ours, child: watch(process, trace) };
       }),
-      (one) => end(one.process),
+      (one) => end(one.child.process),
     );
     trace?.(`${words.join(" ")}: process ${child.process.pid}`);
     return { fd: ours, pid: child.process.pid, lastWords: lastWords(child) } satisfies RunningVirtiofsd;
@@ -204,6 +242,20 @@ const attempt = <A>(what: string, body: () => A): Effect.Effect<A, VirtiofsdErro
     try: body,
     catch: (error) => new VirtiofsdError({ message: `${what}: virtiofsd: ${(error as Error).message}` }),
   });
+
+/** The process, and our end of the connection that it finds waiting; both or, when it throws, nothing. */
+function spawnConnected(words: readonly string[], path: string): { ours: number; process: ChildProcess } {
+  const [ours, listening] = connectedPair(path);
+  try {
+    const stdio = ["ignore", "ignore", "pipe", listening] as const;
+    return { ours, process: spawn(words[0], words.slice(1), { stdio: [...stdio], detached: true }) };
+  } catch (error) {
+    native.close(ours);
+    throw error;
+  } finally {
+    native.close(listening);
+  }
+}
 
 /** Our end of a connection that waits to be accepted, and the descriptor to accept it from. */
 function connectedPair(path: string): [ours: number, listening: number] {
@@ -259,6 +311,7 @@ function lastWords(one: Watched): Effect.Effect<string | undefined> {
     const timer = setTimeout(done, LAST_WORDS_MS_MAX);
     one.onEnd = done;
     if (one.ended !== undefined) done();
+    return Effect.sync(() => clearTimeout(timer));
   });
 }
 

@@ -2,6 +2,7 @@
  * Guests on KVM: a machine from its kernel's start to its end, and again when it resets itself. What the guest's kernel
  * says on its serial port is how its end is understood.
  */
+import * as Cause from "effect/Cause";
 import * as Data from "effect/Data";
 import * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
@@ -92,6 +93,7 @@ function startLife(options: KvmOptions, lines: ConsoleLines) {
       Effect.mapError((error) =>
         error instanceof KernelImageError ? error : new KvmError({ message: error.message }),
       ),
+      Effect.onError(() => Scope.close(scope, Exit.void)),
     );
     return { machine, scope } satisfies Life;
   });
@@ -113,8 +115,10 @@ function live(
       if (how !== undefined) return how;
       options.trace?.("the guest resets itself: it is started again");
       const next = yield* Effect.exit(startLife(options, lines));
-      if (Exit.isFailure(next))
-        return { kind: "failed-to-start", message: "its reset failed", lastWords: [] } as const;
+      if (Exit.isFailure(next)) {
+        const { message } = Cause.squash(next.cause) as Error;
+        return { kind: "failed-to-start", message: `its reset failed: ${message}`, lastWords: [] } as const;
+      }
       life = next.value;
     }
   });

@@ -88,21 +88,20 @@ export class VhostUserDevice implements RemoteDevice {
       );
       const backend = yield* Scope.provide(connect, scope);
       const options = { loop, fd: backend.fd, peer, ...(answerMsMax === undefined ? {} : { answerMsMax }) };
-      const link = yield* Scope.provide(BackendLink.open(options), scope);
+      // Closed before the back-end is asked why it has left: it may have no other reason to.
+      const connection = yield* Scope.fork(scope);
+      const link = yield* Scope.provide(BackendLink.open(options), connection);
+      const explained = (error: BackendError) =>
+        Effect.andThen(Scope.close(connection, Exit.void), explain(error, backend));
       yield* this.#handshake(link, fd, memory).pipe(
-        Effect.catch((error) => Effect.flatMap(explain(error, backend), Effect.fail)),
+        Effect.catch((error) => Effect.flatMap(explained(error), Effect.fail)),
       );
       this.#life = { link, features: undefined, started: new Set(), over };
       yield* Effect.forkScoped(
         Effect.gen({ self: this }, function* () {
-          const error = yield* explain(yield* link.ended, backend);
+          const error = yield* explained(yield* link.ended);
           this.onGone?.(error.message);
           yield* Effect.uninterruptible(Scope.close(scope, Exit.void));
-        }),
-      );
-      yield* Effect.addFinalizer(() =>
-        Effect.sync(() => {
-          this.onGone = undefined;
         }),
       );
     });
@@ -160,8 +159,9 @@ function giveRing(life: Life, start: RemoteQueueStart): Effect.Effect<void, Back
   return Effect.gen(function* () {
     life.started.add(index);
     if (life.features !== layout.features) {
-      yield* link.tell(REQUEST.SET_FEATURES, encodeU64(layout.features | F_PROTOCOL_FEATURES));
+      // Said once: the other queues' requests come behind this one.
       life.features = layout.features;
+      yield* link.tell(REQUEST.SET_FEATURES, encodeU64(layout.features | F_PROTOCOL_FEATURES));
     }
     yield* link.tell(REQUEST.SET_VRING_NUM, ringState(index, layout.size));
     yield* link.tell(REQUEST.SET_VRING_BASE, ringState(index, layout.nextAvailable));
