@@ -7,5 +7,5 @@ export default {
   nodeArguments: ["--import=tsx"],
   workerThreads: false,
   ...(kvm ? { concurrency: 1 } : {}),
-  timeout: kvm ? "15m" : "3m",
+  timeout: kvm ? "15m" : "6m",
 };

@@ -152,7 +152,7 @@ function openFile(
 const O_NOATIME = 0o1000000;
 
 /** Only a file's owner may ask for that; others get the file as it is. */
-function openWithoutAccessTimes(file: string, flags: number): number {
+export function openWithoutAccessTimes(file: string, flags: number): number {
   try {
     return fs.openSync(file, flags | O_NOATIME);
   } catch (error) {

@@ -20,7 +20,7 @@ export const checkout = path.resolve(import.meta.dirname, "../..");
 /** A guest boots in two seconds on an idle machine; a machine that also compiles and emulates is no failure. */
 export const bootTimeoutMs = 120_000;
 
-/** And its whole life, where it works for long. For `t.timeout`, too: ava waits three minutes unless told otherwise. */
+/** And its whole life, where it works for long. For `t.timeout`, too: ava waits six minutes unless told otherwise. */
 export const lifeTimeoutMs = process.env.LOOPGUEST_LONG ? 900_000 : 300_000;
 
 /** The kernel; fetched when there is none. */

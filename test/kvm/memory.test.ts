@@ -1,9 +1,8 @@
 /** The memory of a guest on KVM: given back when the guest frees it, above 4 GiB, and in huge pages. */
-import { testWith } from "../guest/prerequisites.ts";
 import { quoted, runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testInEmulation } from "./rig.ts";
 
-const test = testWith(...rigPrograms);
+const test = testInEmulation(["cpio", "cpio"]);
 
 const MIB_FREED = 128;
 /** What may still be there of it: pages of a block that is only free in part are not reported. */
@@ -30,7 +29,7 @@ exec > /dev/ttyS0 2>&1
 `;
 
 test("freed memory goes back to the host; memory above 4 GiB and in huge pages works", async (t) => {
-  t.timeout(900_000);
+  t.timeout(1_800_000);
   const result = await runWithLoopguest(
     t,
     (kernel) => `
@@ -65,7 +64,7 @@ chmod 755 /run/high/init
 loopguest --verbose --initrd=/run/high.cpio 5120 ${quoted(kernel)} > /run/high.out 2>&1
 echo "high $?"; grep -o 'high [a-z]\\+\\( [0-9]\\+\\)\\?' /run/high.out || tail -n 20 /run/high.out
 `,
-    { timeoutMs: 840_000, cpus: 2 },
+    { timeoutMs: 840_000, cpus: 2, isEmulated: true },
   );
   const { lines } = result;
   const expected = ["given back", "balloon 5", "no pages 1", "huge 6", "high 0", "high same"];

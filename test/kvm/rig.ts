@@ -33,9 +33,7 @@ const hasHardwareKvm = ((): boolean => {
 
 const emulationPrograms: readonly Program[] = [["qemu-system-x86_64", "qemu-system-x86"]];
 
-/** For `testWith`. */
-export const rigPrograms: readonly Program[] = [
-  ...(hasHardwareKvm ? [] : emulationPrograms),
+const rigPrograms: readonly Program[] = [
   ["busybox", "busybox-static"],
   ["apt-get", "apt"],
   ["dpkg", "dpkg"],
@@ -44,14 +42,23 @@ export const rigPrograms: readonly Program[] = [
 
 /** A test on the rig, with more programs than the rig's own: one after the other, because each has a machine's memory. */
 export const testOnRig = (...programs: readonly Program[]): SerialFn | typeof test.skip =>
+  serial(...(hasHardwareKvm ? [] : emulationPrograms), ...programs);
+
+/** The same in the emulated machine on every host: for scripts that write to the machine that they run on. */
+export const testInEmulation = (...programs: readonly Program[]): SerialFn | typeof test.skip =>
+  serial(...emulationPrograms, ...programs);
+
+const serial = (...programs: readonly Program[]): SerialFn | typeof test.skip =>
   testWith(...rigPrograms, ...programs) === test ? test.serial : test.skip;
 
 export interface RigOptions {
   /**
-   * What L1 runs, by /bin/sh, in this host's root folder; only /run is for writing to on every host, and what is
-   * written there vanishes.
+   * What L1 runs, by /bin/sh, in this host's root folder. Only /run is for writing to, and what is written there
+   * vanishes; with `isEmulated` everything is.
    */
   readonly script: string;
+  /** Never on this host itself. */
+  readonly isEmulated?: boolean;
   /** Of the emulated machine. */
   readonly cpus?: number;
   readonly timeoutMs: number;
@@ -111,7 +118,7 @@ const modules = [
 export const runRig = async (t: ExecutionContext, options: RigOptions): Promise<RigResult> => {
   const folder = await fs.mkdtemp(path.join(os.tmpdir(), "loopguest-rig-"));
   t.teardown(() => fs.rm(folder, { recursive: true, force: true }));
-  if (hasHardwareKvm) return runHere(t, folder, options);
+  if (hasHardwareKvm && options.isEmulated !== true) return runHere(t, folder, options);
   const first = await runEmulated(t, folder, options);
   if (first !== undefined) return first;
   t.log("QEMU hung: nothing was heard of its machine for two minutes. Another one is begun.");

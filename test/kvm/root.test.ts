@@ -1,12 +1,11 @@
 /** The host's files as the guest's root, by virtiofsd. */
-import { testWith } from "../guest/prerequisites.ts";
 import { quoted, runWithLoopguest } from "./launch.ts";
-import { rigPrograms } from "./rig.ts";
+import { testInEmulation } from "./rig.ts";
 
-const test = testWith(...rigPrograms);
+const test = testInEmulation();
 
 test("the default guest sees the host's files, and writes to them only where it is allowed to", async (t) => {
-  t.timeout(900_000);
+  t.timeout(1_800_000);
   const result = await runWithLoopguest(
     t,
     () => `
@@ -19,7 +18,7 @@ loopguest --root=/run/shared,rw --exec='/bin/busybox touch /made && echo to the 
 echo "rw $?"; stat -c 'made by %u' /run/shared/made; cat /run/shared/text
 pidof virtiofsd || echo no virtiofsd is left
 `,
-    { timeoutMs: 840_000, cpus: 2 },
+    { timeoutMs: 840_000, cpus: 2, isEmulated: true },
   );
   t.is(result.status, 0, result.transcript);
   t.deepEqual(
@@ -33,7 +32,7 @@ pidof virtiofsd || echo no virtiofsd is left
 });
 
 test("a guest with the host's root reboots, an ordinary user has one, and virtiofsd's death is one line", async (t) => {
-  t.timeout(900_000);
+  t.timeout(1_800_000);
   const again = "test -e /again && exit 5; : > /again; reboot -f; /bin/busybox sleep 1000";
   const result = await runWithLoopguest(
     t,
@@ -58,7 +57,7 @@ cat /run/err
 kill $(pidof -s ${quoted(process.execPath)}); wait
 pidof virtiofsd || echo no virtiofsd is left
 `,
-    { timeoutMs: 840_000, cpus: 2 },
+    { timeoutMs: 840_000, cpus: 2, isEmulated: true },
   );
   t.is(result.status, 0, result.transcript);
   for (const line of ["reboot 5", "not for me", "user 3", "no virtiofsd is left"]) {

@@ -42,6 +42,8 @@ export class MockBackEnd {
   /** In place of the right answer. */
   override: ((message: Received) => Answer | "right") | undefined;
   lastWords: string | undefined;
+  /** For each time that it was asked for its last words: whether the connection had ended, which makes it leave. */
+  readonly hadEnded: boolean[] = [];
   #fd = -1;
   #timer: NodeJS.Timeout | undefined;
 
@@ -53,7 +55,11 @@ export class MockBackEnd {
       const [ours, its] = fds;
       this.#fd = its;
       this.#timer = setInterval(() => this.#serve(), 1);
-      return { fd: ours, lastWords: Effect.sync(() => this.lastWords) };
+      const lastWords = Effect.sync(() => {
+        this.hadEnded.push(this.#hasEnded());
+        return this.lastWords;
+      });
+      return { fd: ours, lastWords };
     }),
     () => Effect.sync(() => this.close()),
   );
@@ -87,6 +93,18 @@ export class MockBackEnd {
   close(): void {
     this.end();
     this.forget();
+  }
+
+  #hasEnded(): boolean {
+    if (this.#fd < 0) return true;
+    const byte = new Uint8Array(1);
+    const fds = new Int32Array(1 + RECEIVE_FDS_MAX);
+    let got = 1;
+    while (got > 0) {
+      got = native.receive(this.#fd, byte, 0, 1, fds);
+      for (const fd of fds.subarray(1, 1 + fds[0])) native.close(fd);
+    }
+    return got !== -ERRNO.EAGAIN;
   }
 
   #serve(): void {

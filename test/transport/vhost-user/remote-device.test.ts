@@ -103,6 +103,7 @@ function remoteTest(title: string, body: (scene: Scene) => Promise<void>, answer
       const scene = new Scene(t, loop, scheduler, answerMsMax);
       try {
         await body(scene);
+        t.false(scene.backEnd.hadEnded.includes(false), "it is asked why it left when it has a reason to");
       } finally {
         await scene.close();
       }
@@ -163,6 +164,19 @@ remoteTest(
     t.deepEqual(driver.reports, []);
   },
 );
+
+remoteTest("all queues of a driver have its features, which are said once", async (scene) => {
+  await scene.attach();
+  const { t, backEnd, driver, rings } = scene;
+  driver.enable();
+  t.true(driver.negotiate());
+  for (const queue of [0, 1]) driver.setUpQueue(queue, rings.layout);
+  driver.set("status", 0xf);
+  const count = (wanted: string): number => backEnd.names().filter((one) => one === wanted).length;
+  await eventually("both rings are given to the back-end", () => count("SET_VRING_KICK") === 2);
+  t.is(count("SET_FEATURES"), 1);
+  t.true(backEnd.names().indexOf("SET_FEATURES") < backEnd.names().indexOf("SET_VRING_NUM"));
+});
 
 remoteTest("a kick that the kernel did not take reaches the back-end, too", async (scene) => {
   await scene.attach();
@@ -290,26 +304,20 @@ interface Case {
   readonly answer: (scene: Scene) => ReturnType<NonNullable<MockBackEnd["override"]>>;
 }
 
+const cutShort = (name: string, at: number, bytes: number): Case => ({
+  name,
+  at,
+  report: /has left in the middle of an answer/,
+  answer: ({ backEnd }) => {
+    backEnd.say(reply(at, words(0n)).subarray(0, bytes));
+    return "end";
+  },
+});
+
 const cases = (at: number): Case[] => [
   { name: "the end of the connection", at, report: /has left$/, answer: () => "end" },
-  {
-    name: "half a header, then the end",
-    at,
-    report: /has left in the middle of an answer/,
-    answer: ({ backEnd }) => {
-      backEnd.say(reply(at, words(0n)).subarray(0, 7));
-      return "end";
-    },
-  },
-  {
-    name: "half a payload, then the end",
-    at,
-    report: /has left in the middle of an answer/,
-    answer: ({ backEnd }) => {
-      backEnd.say(reply(at, words(0n)).subarray(0, 15));
-      return "end";
-    },
-  },
+  cutShort("half a header, then the end", at, 7),
+  cutShort("half a payload, then the end", at, 15),
   {
     name: "another request's answer",
     at,
@@ -437,8 +445,8 @@ remoteTest(
     await scene.bringUp();
     backEnd.override = () => "nothing";
     driver.set("status", 0);
-    t.regex(await scene.gone(), /^the mock has not answered GET_VRING_BASE in 4000 ms; /);
+    t.regex(await scene.gone(), /^the mock has not answered GET_VRING_BASE in 8000 ms; /);
     await eventually("the reset is over", () => driver.get("status") === 0);
   },
-  4000,
+  8000,
 );
