@@ -182,7 +182,7 @@ const parseRun = (argv: readonly string[]): Command => {
     .addOption(
       single(
         "--hypervisor <auto|uml|kvm|lguest>",
-        "where the guest's CPU comes from; auto takes lguest where that is, KVM for a kernel that needs it or where all is here for a default guest on it, else User-Mode Linux",
+        "where the guest's CPU comes from; auto takes lguest where that is and has a kernel, KVM for a kernel or an option that needs it or where all is here for a default guest on it, else User-Mode Linux",
       ),
     )
     .addOption(single("--cpus <N>", "CPUs of a guest on KVM"))
