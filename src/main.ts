@@ -92,10 +92,13 @@ function doctor(json: boolean) {
   return Effect.gen(function* () {
     const { diagnose, renderJson, renderText } = yield* Effect.promise(() => import("./cli/doctor.ts"));
     const { findUmlKernel } = yield* Effect.promise(() => import("./hypervisor/uml-kernel.ts"));
-    const { findVirtiofsd, virtiofsdHindrance } = yield* Effect.promise(
+    const { findVirtiofsd, HOW_TO_GET, virtiofsdHindrance } = yield* Effect.promise(
       () => import("./device/virtiofsd.ts"),
     );
-    const virtiofsd = () => ({ path: findVirtiofsd(), hindrance: virtiofsdHindrance() });
+    const virtiofsd = () => {
+      const path = findVirtiofsd();
+      return { path, hindrance: path === undefined ? HOW_TO_GET : virtiofsdHindrance() };
+    };
     const umlKernel = findUmlKernel().pipe(Effect.orElseSucceed(() => undefined));
     const report = yield* diagnose({ ioUring: () => probeIoUring()?.message, umlKernel, virtiofsd });
     printed(json ? renderJson(report) : renderText(report));

@@ -40,7 +40,7 @@ export interface Probes {
   readonly ioUring: () => string | undefined;
   /** The User-Mode Linux kernel, looked for but not fetched. */
   readonly umlKernel: Effect.Effect<FoundKernel | undefined>;
-  /** Where virtiofsd is, and what hinders this user to use it. */
+  /** Where virtiofsd is, and what hinders this user to use it: where it is not, how to get it. */
   readonly virtiofsd: () => { readonly path: string | undefined; readonly hindrance: string | undefined };
 }
 
@@ -236,12 +236,7 @@ const checkKvm = (host: Host): Finding => {
 /** For the default guest on KVM. */
 const checkVirtiofsd = ({ path, hindrance }: ReturnType<Probes["virtiofsd"]>): Finding => {
   if (path === undefined) {
-    return not(
-      "limited",
-      "virtiofsd",
-      "not found, so the default guest has no root on KVM",
-      "apt-get install qemu-system-common (Debian 12, Ubuntu 22.04), or apt-get install virtiofsd (newer)",
-    );
+    return not("limited", "virtiofsd", "not found, so the default guest has no root on KVM", hindrance ?? "");
   }
   return hindrance === undefined ? ok("virtiofsd", path) : not("limited", "virtiofsd", path, hindrance);
 };

@@ -97,15 +97,10 @@ export interface RemoteQueueStart {
   readonly callFd: number;
 }
 
-/** A device that cannot be had; the message says which and why. */
-export interface RemoteDeviceError {
-  readonly message: string;
-}
-
 /** `features` are all that is offered, those of the queue among them; they are known when it is attached. */
 export interface RemoteDevice extends DeviceFace {
-  /** Connects the device to a guest's memory, which is the file `fd`; until the scope ends. */
-  attach(fd: number, memory: GuestMemory): Effect.Effect<void, RemoteDeviceError, Scope.Scope>;
+  /** Connects the device to a guest's memory, which is the file `fd`; until the scope ends. Or says why it cannot. */
+  attach(fd: number, memory: GuestMemory): Effect.Effect<void, Error, Scope.Scope>;
   /** Where that fails the device is gone. */
   startQueue(start: RemoteQueueStart): Effect.Effect<void>;
   /** When it is done nobody uses the queue any more, and its eventfds may be closed. */

@@ -11,6 +11,7 @@ import {
   renderJson,
   renderText,
 } from "../../src/cli/doctor.ts";
+import { HOW_TO_GET } from "../../src/device/virtiofsd.ts";
 
 const kernel: FoundKernel = { path: "/usr/bin/linux.uml", version: "6.1.176" };
 
@@ -149,7 +150,7 @@ test("a network card without privilege needs passt", (t) => {
 
 test("the default guest's root on KVM needs virtiofsd, and a user who may use it", (t) => {
   t.is(finding("virtiofsd", host()).found, "/usr/libexec/virtiofsd");
-  const missing = { ...probes, virtiofsd: () => ({ path: undefined, hindrance: undefined }) };
+  const missing = { ...probes, virtiofsd: () => ({ path: undefined, hindrance: HOW_TO_GET }) };
   const { status, remedy } = finding("virtiofsd", host(), missing);
   t.is(status, "limited");
   t.regex(remedy ?? "", /apt-get install qemu-system-common/);

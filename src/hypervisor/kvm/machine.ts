@@ -135,8 +135,6 @@ export function runMachine(options: MachineOptions): Effect.Effect<Machine, Erro
   });
 }
 
-const asError = ({ message }: { readonly message: string }): Error => new Error(message);
-
 const attempt = <A>(body: () => A): Effect.Effect<A, Error> =>
   Effect.try({ try: body, catch: (error) => error as Error });
 
@@ -152,7 +150,7 @@ function plugDevices(
   return Effect.gen(function* () {
     const root = new PciRoot();
     for (const [i, { device, counters }] of devices.entries()) {
-      if (isRemote(device)) yield* Effect.mapError(device.attach(memoryFile, memory), asError);
+      if (isRemote(device)) yield* device.attach(memoryFile, memory);
       const barAddress = BARS + i * BAR_BYTES;
       const parts = { loop, host: vm, memory, device, counters, barAddress, report, trace };
       const one = yield* acquire(

@@ -10,7 +10,7 @@ import * as Exit from "effect/Exit";
 import * as Scope from "effect/Scope";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestMemory } from "../../memory/guest-memory.ts";
-import type { RemoteDevice, RemoteDeviceError, RemoteQueueStart } from "../../virtio/device.ts";
+import type { RemoteDevice, RemoteQueueStart } from "../../virtio/device.ts";
 import { F_NOTIFY_ON_EMPTY, F_VERSION_1, has, QUEUE_FEATURES } from "../../virtio/features.ts";
 import type { QueueLayout } from "../../virtio/split-queue.ts";
 import { BackendError, BackendLink } from "./backend-link.ts";
@@ -34,7 +34,7 @@ export interface VhostUserDeviceOptions {
   /** What the back-end is called in messages. */
   readonly peer: string;
   /** Starts a back-end; it is gone when the scope has ended. */
-  readonly connect: Effect.Effect<Backend, RemoteDeviceError, Scope.Scope>;
+  readonly connect: Effect.Effect<Backend, Error, Scope.Scope>;
   readonly answerMsMax?: number;
 }
 
@@ -77,7 +77,7 @@ export class VhostUserDevice implements RemoteDevice {
 
   writeConfig(): void {}
 
-  attach(fd: number, memory: GuestMemory): Effect.Effect<void, RemoteDeviceError, Scope.Scope> {
+  attach(fd: number, memory: GuestMemory): Effect.Effect<void, Error, Scope.Scope> {
     return Effect.gen({ self: this }, function* () {
       const { loop, connect, peer, answerMsMax } = this.#options;
       const scope = yield* Effect.acquireRelease(Scope.make(), (one) => Scope.close(one, Exit.void));
