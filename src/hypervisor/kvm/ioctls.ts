@@ -1,5 +1,5 @@
 /** The numbers of linux/kvm.h that we use, and one way to call them. */
-import { errnoName, native } from "../../native.ts";
+import { ERRNO, errnoName, native } from "../../native.ts";
 
 const KVMIO = 0xae;
 const NONE = 0;
@@ -62,13 +62,20 @@ export const EXIT = {
 
 type Argument = ArrayBufferView | number;
 
-/** The result, or -errno. */
+/**
+ * The result, or -errno. A call that a signal has broken off is made again: KVM_CREATE_VM registers for the process's
+ * changes of memory, and gives up with EINTR where a signal, one of the kernel's own too, waits (mm_take_all_locks).
+ */
 export function kvmTry(fd: number, number: number, argument: Argument): number {
   // The addon takes bytes, and a DataView says nothing of any.
-  const isView = argument instanceof DataView;
-  const { buffer, byteOffset, byteLength } = isView ? argument : new Uint8Array(0);
-  return native.ioctl(fd, number, isView ? new Uint8Array(buffer, byteOffset, byteLength) : argument);
+  const bytes = argument instanceof DataView ? bytesOf(argument) : argument;
+  let result: number;
+  do result = native.ioctl(fd, number, bytes);
+  while (result === -ERRNO.EINTR);
+  return result;
 }
+
+const bytesOf = (view: DataView): Uint8Array => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
 /** Calls and throws "<what>: <errno>" where the kernel refuses. */
 export function kvmCall(fd: number, number: number, argument: Argument, what: string): number {
