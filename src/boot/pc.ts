@@ -7,8 +7,10 @@
  *     0x00500   descriptors of the first segments        0x06000   PVH start info
  *     0x07000   boot_params, the "zero page"             0x09000   page tables for the first 4 GiB
  *     0x20000   the command line                         0xe0000   ACPI
+ *     0xffff0   the reset vector
  */
 import type { GuestMemory } from "../memory/guest-memory.ts";
+import { RESET_VALUE } from "./acpi.ts";
 import { type KernelImage, KernelImageError, type Segment } from "./kernel-image.ts";
 
 const GDT = 0x500;
@@ -20,7 +22,8 @@ const COMMAND_LINE = 0x20000;
 const COMMAND_LINE_MAX = 0x10000;
 /** Where the tables of acpi.ts go: Linux looks for them here, too, if nobody tells it. */
 export const ACPI_ADDRESS = 0xe0000;
-const ACPI_END = 0x100000;
+/** Where a processor in real mode begins after a reset, and where kernels jump to that want one (f000:fff0). */
+const RESET_VECTOR = 0xffff0;
 const LOW_END = 0x9fc00;
 const MIB = 2 ** 20;
 const PAGE = 4096;
@@ -47,6 +50,8 @@ export interface BootInput {
   readonly initrd: Uint8Array | undefined;
   /** For {@link ACPI_ADDRESS}. */
   readonly acpi: Uint8Array;
+  /** The port of ACPI's reset register. */
+  readonly resetPort: number;
 }
 
 /** How the first CPU has to begin. */
@@ -63,7 +68,7 @@ export interface BootEntry {
 /** @throws KernelImageError for what does not fit into the memory */
 export function loadKernel(input: BootInput): BootEntry {
   const { image, memory, acpi } = input;
-  if (acpi.length > ACPI_END - ACPI_ADDRESS)
+  if (acpi.length > RESET_VECTOR - ACPI_ADDRESS)
     throw refuse("the ACPI tables do not fit: there are too many CPUs");
   const segments = image.kind === "elf" ? image.segments : [image.segment];
   for (const segment of segments) loadSegment(input, segment);
@@ -77,6 +82,7 @@ export function loadKernel(input: BootInput): BootEntry {
   }
   put(memory, COMMAND_LINE, commandLine);
   put(memory, ACPI_ADDRESS, acpi);
+  putResetVector(memory, input.resetPort);
   put(memory, GDT, segmentDescriptors());
   const gdt = { address: GDT, bytes: 40 };
   if (image.kind === "elf" && image.pvh) {
@@ -86,6 +92,16 @@ export function loadKernel(input: BootInput): BootEntry {
   put(memory, PAGE_TABLES, identityMap(PAGE_TABLES));
   put(memory, BOOT_PARAMS, bootParams(image, memory, initrd));
   return { mode: "long", rip: image.entry, rsi: BOOT_PARAMS, rsp: STACK, cr3: PAGE_TABLES, gdt };
+}
+
+/**
+ * A reset for who jumps to the BIOS for it, which PCs have there. Linux does, on hardware-reduced ACPI without EFI: it takes
+ * EFI for the way to reset then (reboot_init in arch/x86/kernel/reboot.c), and without EFI the BIOS comes next, not ACPI.
+ */
+export function putResetVector(memory: GuestMemory, port: number): void {
+  // mov $port, %dx; mov $RESET_VALUE, %al; out %al, %dx; 1: hlt; jmp 1b
+  const code = [0xba, port & 0xff, port >> 8, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+  put(memory, RESET_VECTOR, Uint8Array.from(code));
 }
 
 const refuse = (message: string): KernelImageError => new KernelImageError({ message });

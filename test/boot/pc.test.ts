@@ -35,6 +35,7 @@ const input = (memory: GuestMemory) => ({
   commandLine: "panic=-1 root=/dev/vda",
   initrd: new Uint8Array(5000).fill(7),
   acpi: Uint8Array.of(0x52, 0x53, 0x44),
+  resetPort: 0x604,
 });
 
 test("memory above 3 GiB goes on behind 4 GiB", (t) => {

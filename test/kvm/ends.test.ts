@@ -10,14 +10,14 @@ const expect = resolve(import.meta.dirname, "expect.py");
 test("a guest that reboots runs again; one that powers off early or panics says so", async (t) => {
   t.timeout(1_200_000);
   const twice =
-    'test "$(head -c 4 /dev/vda)" = mark && exit 5; printf mark > /dev/vda; sync; reboot -f; sleep 1000';
+    'test "$(head -c 4 /dev/vda)" = mark && exit 5; printf mark > /dev/vda; sync; busybox reboot -f; sleep 1000';
   const result = await runWithLoopguest(
     t,
     () => `
 truncate -s 1M /run/disk
 limit 500 loopguest --verbose --block=/run/disk --exec='${twice}' 2> /run/verbose
 echo "reboot $?"; grep -o 'reset by .*' /run/verbose
-limit 300 loopguest --exec='echo early; poweroff -f; sleep 1000' 2>&1
+limit 300 loopguest --exec='echo early; busybox poweroff -f; sleep 1000' 2>&1
 echo "poweroff $?"
 limit 300 loopguest --exec='echo c > /proc/sysrq-trigger' 2>&1
 echo "panic $?"

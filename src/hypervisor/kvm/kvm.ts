@@ -13,7 +13,14 @@ import { type KernelImage, KernelImageError } from "../../boot/kernel-image.ts";
 import { ACPI_ADDRESS, loadKernel } from "../../boot/pc.ts";
 import type { EventLoop } from "../../loop/event-loop.ts";
 import type { GuestExit } from "../hypervisor.ts";
-import { acpiMachine, type Machine, type MachineDevice, type MachineEnd, runMachine } from "./machine.ts";
+import {
+  acpiMachine,
+  type Machine,
+  type MachineDevice,
+  type MachineEnd,
+  RESET_PORT,
+  runMachine,
+} from "./machine.ts";
 import type { ExitCounters } from "./vcpus.ts";
 
 export interface KvmOptions {
@@ -84,6 +91,7 @@ function startLife(options: KvmOptions, lines: ConsoleLines) {
           commandLine: options.commandLine,
           initrd: options.initrd,
           acpi: acpiTables(ACPI_ADDRESS, acpiMachine(options.cpus)),
+          resetPort: RESET_PORT,
         }),
       onSerial: lines.byte,
       report: options.report,

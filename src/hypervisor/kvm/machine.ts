@@ -30,7 +30,7 @@ import { Vm } from "./vm.ts";
 /** Ours by choice, in a range that no PC uses. */
 const SLEEP_CONTROL_PORT = 0x600;
 const SLEEP_STATUS_PORT = 0x601;
-const RESET_PORT = 0x604;
+export const RESET_PORT = 0x604;
 /** Where PCs have always had theirs: the chipset's reset, and the keyboard controller with its reset line. */
 const CHIPSET_RESET_PORT = 0xcf9;
 const KEYBOARD_PORT = 0x64;

@@ -1,6 +1,7 @@
 /** CPUs, ports, the serial port and the ways in which a machine ends, seen by tiny guests. */
 import * as Effect from "effect/Effect";
-import { END, kvmTest, startTiny, word } from "./tiny-guest.ts";
+import { putResetVector } from "../../../src/boot/pc.ts";
+import { END, kvmTest, RESET_PORT, startTiny, word } from "./tiny-guest.ts";
 
 kvmTest("a guest speaks through its serial port and resets the machine", (t, loop) =>
   Effect.gen(function* () {
@@ -55,6 +56,28 @@ kvmTest("the old ways to reset work too", (t, loop) =>
       const end = yield* Effect.scoped(Effect.flatMap(startTiny(loop, { source }), (guest) => guest.end));
       t.deepEqual(end, { kind: "reset" }, `port ${port}`);
     }
+  }),
+);
+
+kvmTest("who jumps to the BIOS in real mode resets the machine", (t, loop) =>
+  Effect.gen(function* () {
+    const guest = yield* startTiny(loop, {
+      prepare: (memory) => putResetVector(memory, RESET_PORT),
+      source: `
+        lgdt table
+        ljmp $8, $(low - _start)
+      .code16
+      low:
+        movl %cr0, %eax
+        andb $0xfe, %al
+        movl %eax, %cr0
+        ljmpw $0xf000, $0xfff0
+      .align 8
+      descriptors: .quad 0, 0x00009b100000ffff
+      table: .word 15; .long descriptors
+      `,
+    });
+    t.deepEqual(yield* guest.end, { kind: "reset" });
   }),
 );
 
