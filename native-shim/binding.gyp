@@ -34,6 +34,13 @@
       "type": "shared_library",
       "product_prefix": "",
       "sources": ["uml-registers.c"]
+    },
+    {
+      # Preloaded into virtiofsd: files that are not its user's own.
+      "target_name": "virtiofsd-open",
+      "type": "shared_library",
+      "product_prefix": "",
+      "sources": ["virtiofsd-open.c"]
     }
   ]
 }

@@ -28,7 +28,7 @@ const dist = resolve(positionals[0] ?? join(root, values.ia32 ? "dist-ia32" : "d
 const release = values.ia32 ? buildNativeIa32(["loopguest_native"]) : join(root, "native-shim/build/Release");
 const artefacts = values.ia32
   ? ["loopguest_native.node"]
-  : ["loopguest_native.node", "guest-init", "uml-keeper", "uml-registers.so"];
+  : ["loopguest_native.node", "guest-init", "uml-keeper", "uml-registers.so", "virtiofsd-open.so"];
 
 const missing = artefacts.filter((name) => !existsSync(join(release, name)));
 if (missing.length > 0) {

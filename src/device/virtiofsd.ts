@@ -13,7 +13,7 @@ import * as Data from "effect/Data";
 import * as Effect from "effect/Effect";
 import * as Fiber from "effect/Fiber";
 import type * as Scope from "effect/Scope";
-import { check, native } from "../native.ts";
+import { artefactPath, check, native } from "../native.ts";
 
 /** virtiofsd is not here, or does not start; the message says how to get it. */
 export class VirtiofsdError extends Data.TaggedError("VirtiofsdError")<{ readonly message: string }> {}
@@ -248,7 +248,8 @@ function spawnConnected(words: readonly string[], path: string): { ours: number;
   const [ours, listening] = connectedPair(path);
   try {
     const stdio = ["ignore", "ignore", "pipe", listening] as const;
-    return { ours, process: spawn(words[0], words.slice(1), { stdio: [...stdio], detached: true }) };
+    const options = { stdio: [...stdio], detached: true, env: environment() };
+    return { ours, process: spawn(words[0], words.slice(1), options) };
   } catch (error) {
     native.close(ours);
     throw error;
@@ -256,6 +257,10 @@ function spawnConnected(words: readonly string[], path: string): { ours: number;
     native.close(listening);
   }
 }
+
+/** An ordinary user's opens files of others without O_NOATIME (native-shim/virtiofsd-open.c). */
+const environment = (): NodeJS.ProcessEnv =>
+  process.getuid?.() === 0 ? process.env : { ...process.env, LD_PRELOAD: artefactPath("virtiofsd-open.so") };
 
 /** Our end of a connection that waits to be accepted, and the descriptor to accept it from. */
 function connectedPair(path: string): [ours: number, listening: number] {

@@ -33,6 +33,7 @@ function built(t: ExecutionContext): string {
     "guest-init",
     "uml-keeper",
     "uml-registers.so",
+    "virtiofsd-open.so",
     "package.json",
   ]) {
     cpSync(join(folder, name), join(apart, name));
