@@ -24,17 +24,13 @@ export const testCache = async (): Promise<string> => {
  * Fetches packages and unpacks all of them into one folder of the cache.
  *
  * @param choose the packages (`name` or `name=version`), and the name of the folder
- * @param architecture another than this machine's, as Debian names it
+ * @param from where else than from this machine's own lists
  * @returns the folder's name
  */
-export const fetchPackages = async (
-  cache: string,
-  choose: (aptCache: AptCache) => Promise<{ packages: readonly string[]; folder: string }>,
-  architecture?: string,
-): Promise<string> => {
+export const fetchPackages = async (cache: string, choose: Choose, from: From = {}): Promise<string> => {
   const work = await fs.mkdtemp(path.join(cache, "fetching-"));
   try {
-    const folder = await download(work, choose, architecture);
+    const folder = await download(work, choose, from);
     const unpacked = path.join(work, "unpacked");
     for (const name of await fs.readdir(work)) {
       if (name.endsWith(".deb")) await run("dpkg", ["-x", path.join(work, name), unpacked]);
@@ -50,34 +46,63 @@ export const fetchPackages = async (
   }
 };
 
-type Choose = Parameters<typeof fetchPackages>[1];
+export type Choose = (
+  aptCache: AptCache,
+) => Promise<{ readonly packages: readonly string[]; readonly folder: string }>;
 
-/** With the machine's package lists; where they are empty or out of date, with lists of our own. */
-const download = async (work: string, choose: Choose, architecture?: string): Promise<string> => {
-  try {
-    if (architecture !== undefined) throw new Error("the machine's lists are for its own architecture");
-    return await downloadWith(work, choose, []);
-  } catch {
-    const lists = path.join(work, "lists");
-    await fs.mkdir(path.join(lists, "partial"), { recursive: true });
-    const options = [
-      ...["-o", `Dir::State::lists=${lists}`],
-      ...["-o", `Dir::Cache=${path.join(work, "cache")}`],
-      ...["-o", "Debug::NoLocking=1"],
-      ...(architecture === undefined ? [] : foreign(architecture)),
-    ];
-    // One unreachable index makes apt-get fail although the others are there; the download decides.
-    await run("apt-get", ["update", ...options], { cwd: work }).catch(() => {});
-    return downloadWith(work, choose, options);
+export interface From {
+  /** Another than this machine's, as Debian names it. */
+  readonly architecture?: string;
+  /** A suite beside the machine's own, of the same mirror: "backports" for the one that is named bookworm-backports. */
+  readonly besideSuite?: string;
+}
+
+/** With the machine's package lists; where they are empty, out of date or others than asked for, with lists of our own. */
+const download = async (work: string, choose: Choose, from: From): Promise<string> => {
+  const options = [...foreign(from.architecture), ...(await beside(work, from.besideSuite))];
+  if (options.length === 0) {
+    const folder = await downloadWith(work, choose, []).catch(() => undefined);
+    if (folder !== undefined) return folder;
   }
+  const lists = path.join(work, "lists");
+  await fs.mkdir(path.join(lists, "partial"), { recursive: true });
+  options.push("-o", `Dir::State::lists=${lists}`, "-o", `Dir::Cache=${path.join(work, "cache")}`);
+  options.push("-o", "Debug::NoLocking=1");
+  // One unreachable index makes apt-get fail although the others are there; the download decides.
+  await run("apt-get", ["update", ...options], { cwd: work }).catch(() => {});
+  return downloadWith(work, choose, options);
 };
 
+const nothingInstalled = ["-o", "Dir::State::status=/dev/null"];
+
 /** Packages as on a machine of that architecture with nothing installed. */
-const foreign = (architecture: string): string[] => [
-  ...["-o", `APT::Architecture=${architecture}`],
-  ...["-o", `APT::Architectures=${architecture}`],
-  ...["-o", "Dir::State::status=/dev/null"],
-];
+const foreign = (architecture: string | undefined): string[] =>
+  architecture === undefined
+    ? []
+    : [
+        ...["-o", `APT::Architecture=${architecture}`, "-o", `APT::Architectures=${architecture}`],
+        ...nothingInstalled,
+      ];
+
+/** Only what that suite has. */
+const beside = async (work: string, name: string | undefined): Promise<string[]> => {
+  if (name === undefined) return [];
+  const { mirror, suite } = await aptSource();
+  const list = path.join(work, "sources.list");
+  const keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+  await fs.writeFile(list, `deb [signed-by=${keys}] ${mirror} ${suite}-${name} main\n`);
+  return ["-o", `Dir::Etc::SourceList=${list}`, "-o", "Dir::Etc::SourceParts=-", ...nothingInstalled];
+};
+
+/** The first index of packages that apt has from Debian itself. */
+export const aptSource = async (): Promise<{ readonly mirror: string; readonly suite: string }> => {
+  const format = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)";
+  const { stdout } = await run("apt-get", ["indextargets", "--format", format, "Created-By: Packages"]);
+  const [, mirror, suite] = /^(\S+) ([a-z]+) main Debian$/m.exec(stdout) ?? [];
+  if (mirror === undefined || suite === undefined)
+    throw new Error(`apt has no lists of Debian's packages (apt-get update):\n${stdout}`);
+  return { mirror, suite };
+};
 
 const downloadWith = async (work: string, choose: Choose, options: readonly string[]): Promise<string> => {
   const aptCache: AptCache = async (command, ...words) =>

@@ -6,7 +6,7 @@ import { execFile, spawn } from "node:child_process";
 import * as fs from "node:fs/promises";
 import * as path from "node:path";
 import { promisify } from "node:util";
-import { testCache } from "../guest/debian.ts";
+import { aptSource, testCache } from "../guest/debian.ts";
 import type { Program } from "../guest/prerequisites.ts";
 
 const run = promisify(execFile);
@@ -53,16 +53,6 @@ export const debianImage = async (): Promise<DebianImage> => {
   } finally {
     await fs.rm(work, { recursive: true, force: true });
   }
-};
-
-/** The first index of packages that apt has from Debian itself. */
-const aptSource = async (): Promise<{ mirror: string; suite: string }> => {
-  const format = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)";
-  const { stdout } = await run("apt-get", ["indextargets", "--format", format, "Created-By: Packages"]);
-  const [, mirror, suite] = /^(\S+) ([a-z]+) main Debian$/m.exec(stdout) ?? [];
-  if (mirror === undefined)
-    throw new Error(`apt has no lists of Debian's packages (apt-get update):\n${stdout}`);
-  return { mirror, suite };
 };
 
 const make = async (work: string, mirror: string, suite: string): Promise<void> => {

@@ -46,7 +46,7 @@ const inGuest = [
   "mkdir -p /tools/dev /tools/tmp && tar -xf /dev/vdb -C /tools && mount -o bind /dev /tools/dev",
   `chroot /tools ${fio} > /fio.log 2>&1 && echo fio verifies || cat /fio.log`,
   "ping -c 3 -W 60 192.168.77.1 | grep received",
-  "chroot /tools iperf3 -c 192.168.77.1 -n 2M > /iperf.log 2>&1 && echo iperf is through || cat /iperf.log",
+  "chroot /tools iperf3 -c 192.168.77.1 -n 48M > /iperf.log 2>&1 && echo iperf is through || cat /iperf.log",
   "head -c 512 /dev/hwrng | wc -c",
   "taskset 2 true 2>/dev/null && echo second",
   "cat /proc/interrupts",
@@ -82,7 +82,7 @@ sed 's/^/stats /' /run/stats
       t.true(printed.includes(line), `${line}\n${printed.join("\n")}`);
     }
     t.true(
-      printed.some((line) => /3 packets received/.test(line)),
+      printed.some((line) => /\b3 (packets )?received/.test(line)),
       printed.join("\n"),
     );
     t.is(printed.includes("second"), cpus === 2);
@@ -96,8 +96,9 @@ sed 's/^/stats /' /run/stats
       /virtio\d+-output\.0$/,
       /virtio\d+-input$/,
     ]) {
-      const counts = printed.find((line) => line.includes("PCI-MSI") && name.test(line.trim()));
-      t.regex(counts ?? "none", /^\s*\d+:(\s+\d+)*\s+[1-9]\d*\s/, `${name} by MSI-X\n${printed.join("\n")}`);
+      const lines = printed.filter((line) => line.includes("PCI-MSI") && name.test(line.trim()));
+      const isUsed = lines.some((line) => /^\s*\d+:(\s+\d+)*\s+[1-9]\d*\s/.test(line));
+      t.true(isUsed, `${name} by MSI-X\n${printed.join("\n")}`);
     }
     checkDataPath(
       t,
@@ -121,8 +122,8 @@ function checkDataPath(t: ExecutionContext, all: readonly Stats[]): void {
   };
   for (const name of ["vda", "eth0"]) {
     const total = done(all[all.length - 1], name);
-    const begin = all.findLast((stats) => done(stats, name) <= 20) ?? all[0];
-    const end = all.find((stats) => done(stats, name) >= total - 20) ?? all[all.length - 1];
+    const begin = all.findLast((stats) => done(stats, name) <= total / 20) ?? all[0];
+    const end = all.find((stats) => done(stats, name) >= total - total / 20) ?? all[all.length - 1];
     const requests = done(end, name) - done(begin, name);
     t.log(`${name}: ${requests} requests, ${exits(end) - exits(begin)} exits meanwhile`);
     t.true(requests > 100, `${name}: ${requests} of ${total} requests`);

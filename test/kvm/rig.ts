@@ -19,6 +19,7 @@ import { readModule, resolveModules } from "../../src/boot/modules.ts";
 import { type Child, type Exit, startChild, within } from "../guest/child.ts";
 import { type AptCache, fetchPackages, testCache } from "../guest/debian.ts";
 import { findOnPath, type Program, testWith } from "../guest/prerequisites.ts";
+import { emulator } from "./emulator.ts";
 
 /** Real KVM, as the processor says; a /dev/kvm alone may be one that only emulates. */
 const hasHardwareKvm = ((): boolean => {
@@ -207,13 +208,14 @@ const runEmulated = async (
   options: RigOptions,
 ): Promise<RigResult | undefined> => {
   const kernel = await genericKernel();
+  const { command, options: firmware } = await emulator();
   const initramfs = path.join(folder, "initramfs");
   const script = `${options.disk === undefined ? "" : "DISK=/dev/vda"}\n${options.script}`;
   await fs.writeFile(initramfs, await makeInitramfs(kernel.modules, script));
   const output = new Output(options.onLine);
   const args = qemuArguments(kernel.image, initramfs, options);
   return finish(
-    startChild(t, "qemu-system-x86_64", args, { onLine: output.take }),
+    startChild(t, command, [...firmware, ...args], { onLine: output.take }),
     output,
     options.timeoutMs,
   );
@@ -245,7 +247,7 @@ const runHere = async (t: ExecutionContext, folder: string, options: RigOptions)
  * puts into XCR0, QEMU 7.2), and nothing here needs it.
  */
 const qemuArguments = (kernel: string, initramfs: string, { cpus = 2, disk }: RigOptions): string[] => [
-  ...["-M", "pc", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max,-xsave"],
+  ...["-M", "pc", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max"],
   ...["-smp", String(cpus), "-m", "3G", "-nodefaults", "-no-user-config", "-display", "none"],
   ...["-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initramfs],
   ...["-append", "console=ttyS0 panic=-1 quiet mitigations=off nokaslr tsc=reliable no_timer_check"],

@@ -57,7 +57,8 @@ export function whyNoIa32(): string | undefined {
  */
 export async function prepareIa32(): Promise<{ command: readonly string[]; bundle: string }> {
   const cache = await testCache();
-  if (!fs.existsSync(path.join(cache, FOLDER))) await fetchPackages(cache, debianNode, "i386");
+  if (!fs.existsSync(path.join(cache, FOLDER)))
+    await fetchPackages(cache, debianNode, { architecture: "i386" });
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), "loopguest-ia32-"));
   process.on("exit", () => fs.rmSync(folder, { recursive: true, force: true }));
   execFileSync(process.execPath, [path.join(checkout, "scripts/build.mjs"), "--ia32", folder]);
