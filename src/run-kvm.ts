@@ -172,10 +172,12 @@ function readBusybox(): Effect.Effect<Uint8Array, RunError> {
 
 /**
  * The user's own kernel arguments, behind ours. The serial port takes what the kernel says before the virtio console is
- * there, and how it ended.
+ * there, and how it ended. It is a console in any case: with console=hvc0 alone a kernel whose virtio_console is a module
+ * starts its initrd without any, and Debian's comes to its end there.
  */
 function kernelArguments({ kernel, verbose }: RunCommand): readonly string[] {
   const args = kernel?.args ?? [];
-  const consoles = args.some((word) => word.startsWith("console=")) ? [] : ["console=ttyS0", "console=hvc0"];
-  return ["panic=-1", ...(verbose ? [] : ["quiet"]), ...args, ...consoles];
+  const hasConsole = args.some((word) => word.startsWith("console="));
+  const ours = ["panic=-1", ...(verbose ? [] : ["quiet"]), "console=ttyS0"];
+  return [...ours, ...args, ...(hasConsole ? [] : ["console=hvc0"])];
 }

@@ -31,7 +31,7 @@ const packages = ["linux-image-cloud-amd64", "systemd-sysv", "udev", "initramfs-
 export const debianImage = async (): Promise<DebianImage> => {
   const cache = await testCache();
   const { mirror, suite } = await aptSource();
-  const folder = path.join(cache, `debian-image-${suite}`);
+  const folder = path.join(cache, `debian-image-hvc0-${suite}`);
   const image = {
     disk: path.join(folder, "disk"),
     kernel: path.join(folder, "vmlinuz"),
@@ -72,6 +72,7 @@ const make = async (work: string, mirror: string, suite: string): Promise<void> 
   });
   await fs.writeFile(path.join(root, "etc/hostname"), "stock\n");
   await fs.writeFile(path.join(root, "etc/fstab"), "/dev/vda / ext4 errors=remount-ro 0 1\n");
+  await logInOn(root, "hvc0");
   await feed(`root:${rootPassword}\n`, "chroot", [root, "chpasswd"]);
   const disk = path.join(work, "disk");
   await fs.writeFile(disk, "");
@@ -83,6 +84,19 @@ const make = async (work: string, mirror: string, suite: string): Promise<void> 
   ]) {
     await fs.copyFile(path.join(root, link), path.join(work, name));
   }
+};
+
+/**
+ * As `systemctl enable` does. systemd itself finds the consoles that are there when it starts (systemd-getty-generator(8)),
+ * and Debian's initrd leaves virtio_console to udev, which comes later.
+ */
+const logInOn = async (root: string, terminal: string): Promise<void> => {
+  const wants = path.join(root, "etc/systemd/system/getty.target.wants");
+  await fs.mkdir(wants, { recursive: true });
+  await fs.symlink(
+    "/lib/systemd/system/serial-getty@.service",
+    path.join(wants, `serial-getty@${terminal}.service`),
+  );
 };
 
 const feed = (input: string, command: string, args: readonly string[]): Promise<void> =>
