@@ -67,7 +67,7 @@ const download = async (work: string, choose: Choose, from: From): Promise<strin
   const lists = path.join(work, "lists");
   await fs.mkdir(path.join(lists, "partial"), { recursive: true });
   options.push("-o", `Dir::State::lists=${lists}`, "-o", `Dir::Cache=${path.join(work, "cache")}`);
-  options.push("-o", "Debug::NoLocking=1");
+  options.push("-o", "Debug::NoLocking=1", "-o", "Acquire::Retries=3");
   // One unreachable index makes apt-get fail although the others are there; the download decides.
   await run("apt-get", ["update", ...options], { cwd: work }).catch(() => {});
   return downloadWith(work, choose, options);

@@ -75,7 +75,7 @@ limit 900 loopguest --cpus=${cpus} --block=/run/disk --block=${quoted(tools)},re
 echo "status $?"
 sed 's/^/stats /' /run/stats
 `,
-      { timeoutMs: 1_100_000 },
+      { timeoutMs: 1_100_000, mayBeginAgain: true },
     );
     const printed = result.lines.filter((line) => !line.startsWith("stats "));
     for (const line of [`${cpus}`, "fio verifies", "iperf is through", "512", "status 7"]) {
