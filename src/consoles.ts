@@ -4,6 +4,7 @@ import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import { ConsoleDevice, type ConsolePort } from "./device/console.ts";
 import { HostInput, makeLeaveDetector } from "./device/host-input.ts";
+import { HostOutput } from "./device/host-output.ts";
 import type { Services } from "./devices.ts";
 import { onResize, rawTerminal, terminalSize } from "./terminal.ts";
 
@@ -22,6 +23,16 @@ export interface OpenConsole {
   readonly left: Deferred.Deferred<number>;
   /** Makes the terminal raw, if stdin is one, until the scope ends. */
   readonly goRaw: Effect.Effect<void, never, Scope.Scope>;
+  /**
+   * Takes stdin and stdout for something else than the device, before a guest has begun. The device stays: it has no
+   * input then, and its output is dropped.
+   */
+  readonly detach: Effect.Effect<DetachedTerminal, never, Scope.Scope>;
+}
+
+export interface DetachedTerminal {
+  readonly input: HostInput;
+  readonly output: HostOutput;
 }
 
 /** The interactive console: stdin and stdout, the terminal's size, and lguest's way out. */
@@ -38,15 +49,21 @@ export function openConsole(services: Services): Effect.Effect<OpenConsole, neve
       if (raw) input.onBytes = makeLeaveDetector(leave(LEFT_BY_USER), () => performance.now());
     });
     const size = (): ReturnType<typeof terminalSize> => terminalSize(STDOUT, STDIN);
-    const port: ConsolePort = {
+    const port: { -readonly [K in keyof ConsolePort]: ConsolePort[K] } = {
       name: undefined,
       isConsole: true,
       input,
       output: { to: STDOUT, onGone: leave(NOBODY_READS) },
     };
+    const detach = Effect.suspend(() => {
+      port.input = undefined;
+      port.output = undefined;
+      const opening = HostOutput.open(opened.loop, STDOUT, leave(NOBODY_READS));
+      return Effect.map(opening, (out): DetachedTerminal => ({ input, output: out }));
+    });
     const device = new ConsoleDevice("console", [port], size(), reporter.trace);
     yield* onResize(() => device.resize(size()));
-    return { device, left, goRaw };
+    return { device, left, goRaw, detach };
   });
 }
 

@@ -6,7 +6,7 @@ import type * as Deferred from "effect/Deferred";
 import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { RunCommand } from "./cli/command-line.ts";
-import { openConsole, openExec } from "./consoles.ts";
+import { type OpenConsole, openConsole, openExec } from "./consoles.ts";
 import type { DiskError } from "./device/disk-file.ts";
 import type { NetError } from "./device/net-backend.ts";
 import type { EntropyError } from "./device/rng.ts";
@@ -19,6 +19,8 @@ export interface GuestDevices {
   readonly goRaw: Effect.Effect<void, never, Scope.Scope>;
   /** Completes with an exit status when the user leaves an interactive console. */
   readonly left: Deferred.Deferred<number> | undefined;
+  /** Takes the terminal from an interactive console, for a hypervisor with a console of its own. */
+  readonly detachTerminal: OpenConsole["detach"] | undefined;
   /** What a guest that powered itself off means: 0, or the status of `--exec`, if the guest has told it. */
   readonly ownStatus: () => number | undefined;
 }
@@ -35,10 +37,10 @@ export function openGuestDevices(
     if (command.exec !== undefined) {
       const exec = yield* openExec(services);
       list.push(exec.device);
-      return { list, goRaw: Effect.void, left: undefined, ownStatus: exec.status };
+      return { list, goRaw: Effect.void, left: undefined, detachTerminal: undefined, ownStatus: exec.status };
     }
-    const { device, left, goRaw } = yield* openConsole(services);
+    const { device, left, goRaw, detach } = yield* openConsole(services);
     list.push(device);
-    return { list, goRaw, left, ownStatus: () => 0 };
+    return { list, goRaw, left, detachTerminal: detach, ownStatus: () => 0 };
   });
 }

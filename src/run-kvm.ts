@@ -10,6 +10,7 @@ import type { RunCommand } from "./cli/command-line.ts";
 import { guestConfig, loadModules } from "./default-guest.ts";
 import { BalloonDevice } from "./device/balloon.ts";
 import { enterStats, type Services } from "./devices.ts";
+import type { GuestDevices } from "./guest-devices.ts";
 import {
   guestModules,
   type HostRoot,
@@ -31,7 +32,7 @@ import { isRemote, type RemoteDevice, type VirtioDevice } from "./virtio/device.
 import { countersOf } from "./virtio/queue-runner.ts";
 
 /** Finds a kernel and starts the guest on it. */
-export function startOnKvm(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
+export function startOnKvm(services: Services, command: RunCommand, devices: GuestDevices) {
   return Effect.gen(function* () {
     const { opened, reporter } = services;
     const kernel = yield* obtainKernel(services, command);
@@ -42,6 +43,12 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       catch: (error) => error as Error,
     });
     const { initrd, hostRoot } = yield* obtainInitrd(services, command, kernel);
+    const { detachTerminal } = devices;
+    const args = kernelArguments(command);
+    const isOnSerial = command.kernel !== undefined && isConsoleSerial(args);
+    const terminal = isOnSerial && detachTerminal !== undefined ? yield* detachTerminal : undefined;
+    // What the user sees in any case is not told a second time.
+    const isTold = reporter.trace !== undefined && terminal === undefined;
     const exits = { ports: 0, memory: 0 };
     services.stats.push({ name: "cpus", queues: [], exits });
     const guest: KvmGuest = yield* startKvm({
@@ -49,12 +56,12 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       image,
       file,
       initrd,
-      commandLine: kernelArguments(command).join(" "),
+      commandLine: args.join(" "),
       memoryMiB: command.memoryMiB,
       hugePages: command.hugePages,
       cpus: command.cpus ?? 1,
       devices: [
-        ...devices,
+        ...devices.list,
         ...(hostRoot === undefined ? [] : [hostRoot.device]),
         // Last, so that the others keep their places. Huge pages were set aside, and are not given back.
         ...(command.hugePages ? [] : [new BalloonDevice("balloon", reporter.trace)]),
@@ -62,10 +69,13 @@ export function startOnKvm(services: Services, command: RunCommand, devices: rea
       exits,
       report: reporter.report,
       trace: reporter.trace,
-      onConsoleLine: reporter.trace === undefined ? undefined : (line) => reporter.trace?.(`guest: ${line}`),
+      onConsoleLine: isTold ? (line) => reporter.trace?.(`guest: ${line}`) : undefined,
+      terminal,
     });
     reporter.trace?.(`from this process's start to the first instruction of the guest: ${sinceStart()} ms`);
-    return guest;
+    if (terminal === undefined) return guest;
+    // While the terminal is still raw.
+    return { ...guest, exit: Effect.tap(guest.exit, () => terminal.output.flush) };
   });
 }
 
@@ -180,4 +190,15 @@ function kernelArguments({ kernel, verbose }: RunCommand): readonly string[] {
   const hasConsole = args.some((word) => word.startsWith("console="));
   const ours = ["panic=-1", ...(verbose ? [] : ["quiet"]), "console=ttyS0"];
   return [...ours, ...args, ...(hasConsole ? [] : ["console=hvc0"])];
+}
+
+/**
+ * Whether kernel arguments make the serial port /dev/console: the last `console=` does (console_setup of
+ * kernel/printk/printk.c, which takes a lone number for a serial port's, too). What is behind `--` is for init.
+ */
+export function isConsoleSerial(args: readonly string[]): boolean {
+  const words: readonly string[] = args.join(" ").match(/(?:[^\s"]|"[^"]*")+/g) ?? [];
+  const end = words.indexOf("--");
+  const last = words.slice(0, end < 0 ? undefined : end).findLast((word) => word.startsWith("console="));
+  return last !== undefined && /^console=(ttyS)?0(,|$)/.test(last);
 }

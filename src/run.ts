@@ -9,13 +9,12 @@ import * as Effect from "effect/Effect";
 import { chooseHypervisor } from "./choose-hypervisor.ts";
 import type { RunCommand } from "./cli/command-line.ts";
 import type { Services } from "./devices.ts";
-import { openGuestDevices } from "./guest-devices.ts";
+import { type GuestDevices, openGuestDevices } from "./guest-devices.ts";
 import type { GuestExit } from "./hypervisor/hypervisor.ts";
 import { RunError } from "./run-error.ts";
 import { startOnKvm } from "./run-kvm.ts";
 import { startOnLguest } from "./run-lguest.ts";
 import { startOnUml } from "./run-uml.ts";
-import type { VirtioDevice } from "./virtio/device.ts";
 
 const GUEST_FAILED = 1;
 /** Lines of the console of a killed guest that are told. */
@@ -25,7 +24,7 @@ const LAST_WORDS = 8;
 export function run(services: Services, command: RunCommand) {
   return Effect.gen(function* () {
     const devices = yield* openGuestDevices(services, command);
-    const guest = yield* start(services, command, devices.list);
+    const guest = yield* start(services, command, devices);
     // Now somebody remembers how the terminal was, whatever happens to us.
     yield* guest.started;
     yield* devices.goRaw;
@@ -36,11 +35,11 @@ export function run(services: Services, command: RunCommand) {
 }
 
 /** Each hypervisor serves the devices by a transport of its own. */
-function start(services: Services, command: RunCommand, devices: readonly VirtioDevice[]) {
+function start(services: Services, command: RunCommand, devices: GuestDevices) {
   return Effect.gen(function* () {
     switch (yield* chooseHypervisor(services, command)) {
       case "uml":
-        return yield* startOnUml(services, command, devices);
+        return yield* startOnUml(services, command, devices.list);
       case "kvm":
         if (process.arch !== "x64") {
           return yield* new RunError({
@@ -49,7 +48,7 @@ function start(services: Services, command: RunCommand, devices: readonly Virtio
         }
         return yield* startOnKvm(services, command, devices);
       case "lguest":
-        return yield* startOnLguest(services, command, devices);
+        return yield* startOnLguest(services, command, devices.list);
     }
   });
 }

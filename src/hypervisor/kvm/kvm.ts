@@ -21,6 +21,7 @@ import {
   RESET_PORT,
   runMachine,
 } from "./machine.ts";
+import type { SerialTerminal } from "./serial.ts";
 import type { ExitCounters } from "./vcpus.ts";
 
 export interface KvmOptions {
@@ -40,6 +41,8 @@ export interface KvmOptions {
   readonly trace: ((line: string) => void) | undefined;
   /** Called with each line of the kernel's serial console. */
   readonly onConsoleLine: ((line: string) => void) | undefined;
+  /** The terminal on the serial port, in all lives of the guest. */
+  readonly terminal: SerialTerminal | undefined;
 }
 
 export interface KvmGuest {
@@ -94,6 +97,7 @@ function startLife(options: KvmOptions, lines: ConsoleLines) {
           resetPort: RESET_PORT,
         }),
       onSerial: lines.byte,
+      terminal: options.terminal,
       report: options.report,
       trace: options.trace,
     }).pipe(

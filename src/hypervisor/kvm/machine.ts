@@ -23,7 +23,15 @@ import { type CpuEntry, setEntry, setLocalInterrupts, setMsrs } from "./cpu-stat
 import { filterCpuid } from "./cpuid.ts";
 import { CAP, EXIT, KVM, kvmCall } from "./ioctls.ts";
 import { mapMemory, openMemoryFile } from "./memory.ts";
-import { SERIAL_INTERRUPT, SERIAL_PORT, SERIAL_PORTS, SerialPort } from "./serial.ts";
+import {
+  connectSerial,
+  disconnectSerial,
+  SERIAL_INTERRUPT,
+  SERIAL_PORT,
+  SERIAL_PORTS,
+  SerialPort,
+  type SerialTerminal,
+} from "./serial.ts";
 import { type Access, type CpuEnd, type ExitCounters, Vcpus } from "./vcpus.ts";
 import { Vm } from "./vm.ts";
 
@@ -78,6 +86,8 @@ export interface MachineOptions {
   readonly load: (memory: GuestMemory) => CpuEntry;
   /** What the guest sends to its serial port. */
   readonly onSerial: (byte: number) => void;
+  /** Who also gets that, and types. */
+  readonly terminal?: SerialTerminal | undefined;
   /** Counted in; it outlives the machine. */
   readonly exits: ExitCounters;
   readonly report: (line: string) => void;
@@ -163,18 +173,23 @@ function plugDevices(
   });
 }
 
-function openSerial({ onSerial }: MachineOptions, vm: Vm) {
-  return Effect.map(
-    acquire(
+function openSerial({ onSerial, terminal }: MachineOptions, vm: Vm) {
+  return Effect.gen(function* () {
+    const fd = yield* acquire(
       () => {
-        const fd = check(native.eventfd(), "eventfd");
-        vm.connectInterrupt(SERIAL_INTERRUPT, fd);
-        return fd;
+        const made = check(native.eventfd(), "eventfd");
+        vm.connectInterrupt(SERIAL_INTERRUPT, made);
+        return made;
       },
-      (fd) => Effect.sync(() => native.close(fd)),
-    ),
-    (fd) => new SerialPort({ send: onSerial, interrupt: () => void native.signal(fd) }),
-  );
+      (made) => Effect.sync(() => native.close(made)),
+    );
+    const side = { send: onSerial, interrupt: () => void native.signal(fd) };
+    if (terminal === undefined) return new SerialPort(side);
+    return yield* acquire(
+      () => connectSerial(side, terminal),
+      () => Effect.sync(() => disconnectSerial(terminal)),
+    );
+  });
 }
 
 /** Who answers at which port and address. */

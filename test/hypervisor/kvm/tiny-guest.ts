@@ -11,6 +11,7 @@ import * as Effect from "effect/Effect";
 import type * as Scope from "effect/Scope";
 import type { CpuEntry } from "../../../src/hypervisor/kvm/cpu-state.ts";
 import { type Machine, type MachineDevice, runMachine } from "../../../src/hypervisor/kvm/machine.ts";
+import type { SerialTerminal } from "../../../src/hypervisor/kvm/serial.ts";
 import type { ExitCounters } from "../../../src/hypervisor/kvm/vcpus.ts";
 import { openKvm } from "../../../src/hypervisor/kvm/vm.ts";
 import type { EventLoop } from "../../../src/loop/event-loop.ts";
@@ -80,6 +81,8 @@ export interface TinyOptions {
   readonly memoryMiB?: number;
   readonly hugePages?: boolean;
   readonly devices?: readonly MachineDevice[];
+  /** On its serial port. */
+  readonly terminal?: SerialTerminal;
   readonly prepare?: (memory: GuestMemory) => void;
 }
 
@@ -119,6 +122,7 @@ export function startTiny(
       devices: options.devices ?? [],
       load,
       onSerial: (byte) => void bytes.push(byte),
+      terminal: options.terminal,
       report: (line) => void reports.push(line),
       trace: undefined,
     });
