@@ -14,11 +14,12 @@ import termios
 import time
 
 unseen = ""
+part = ""
 
 
 def read(fd, until):
     """Takes what there is, at most until then; False when nobody will print any more."""
-    global unseen
+    global unseen, part
     ready, _, _ = select.select([fd], [], [], max(0, until - time.monotonic()))
     if not ready:
         return True
@@ -26,8 +27,11 @@ def read(fd, until):
         data = os.read(fd, 65536)
     except OSError:
         return False
-    # Without what only moves the cursor, colours, or tells the terminal of pasting.
-    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", data.decode("utf8", "replace"))
+    part += data.decode("utf8", "replace")
+    # What only moves the cursor, colours, or tells the terminal of pasting may come in pieces.
+    whole = re.search(r"(\x1b(\[[?0-9;]*)?)?\Z", part).start()
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", part[:whole])
+    part = part[whole:]
     sys.stdout.write(text)
     sys.stdout.flush()
     unseen = (unseen + text)[-65536:]

@@ -59,3 +59,27 @@ fsck.ext4 -fn $DISK > /run/fsck 2>&1 && echo "the file system is clean" || cat /
     result.transcript,
   );
 });
+
+test("a stock Debian whose console is the serial port is logged in to there", async (t) => {
+  t.timeout(3_000_000);
+  const image = await debianImage();
+  const lines = ["type tty; seq 1001 3000; poweroff\\r", "wait 120 ^/dev/ttyS0", ""];
+  const result = await runWithLoopguest(
+    t,
+    () => `
+printf '%s' ${quoted([...logIn, ...lines].join("\n"))} > /run/steps
+python3 ${quoted(expect)} /run/steps loopguest --block=$DISK --initrd=${quoted(image.initrd)} 512 ${quoted(image.kernel)} \\
+  root=/dev/vda console=ttyS0
+`,
+    { timeoutMs: 2_900_000, disk: image.disk },
+  );
+  const numbers = result.lines.filter((line) => /^\d{4}$/.test(line));
+  t.deepEqual(
+    numbers,
+    Array.from({ length: 2000 }, (_, i) => String(1001 + i)),
+    result.transcript,
+  );
+  for (const line of ["/dev/ttyS0", "left with 0", "terminal as before"]) {
+    t.true(result.lines.includes(line), `${line}\n${result.transcript}`);
+  }
+});
