@@ -185,11 +185,14 @@ function readBusybox(): Effect.Effect<Uint8Array, RunError> {
  * there, and how it ended. It is a console in any case: with console=hvc0 alone a kernel whose virtio_console is a module
  * starts its initrd without any, and Debian's comes to its end there.
  */
-function kernelArguments({ kernel, verbose }: RunCommand): readonly string[] {
+export function kernelArguments({
+  kernel,
+  verbose,
+}: Pick<RunCommand, "kernel" | "verbose">): readonly string[] {
   const args = kernel?.args ?? [];
   const hasConsole = args.some((word) => word.startsWith("console="));
   const ours = ["panic=-1", ...(verbose ? [] : ["quiet"]), "console=ttyS0"];
-  return [...ours, ...args, ...(hasConsole ? [] : ["console=hvc0"])];
+  return [...ours, ...(hasConsole ? [] : ["console=hvc0"]), ...args];
 }
 
 /**

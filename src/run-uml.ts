@@ -67,7 +67,7 @@ function launch(
 /** The user's own kernel arguments; without a word about the console, the virtio console is it. */
 function kernelArguments({ kernel }: RunCommand): readonly string[] {
   const args = kernel?.args ?? [];
-  return args.some((word) => word.startsWith("console=")) ? args : [...args, "console=tty0", "console=hvc0"];
+  return args.some((word) => word.startsWith("console=")) ? args : ["console=tty0", "console=hvc0", ...args];
 }
 
 /** Writes the default guest's initramfs into the run folder and returns its path. */

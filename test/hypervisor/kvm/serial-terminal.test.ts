@@ -6,7 +6,7 @@ import test from "ava";
 import * as Effect from "effect/Effect";
 import { HostInput } from "../../../src/device/host-input.ts";
 import { HostOutput } from "../../../src/device/host-output.ts";
-import { isConsoleSerial } from "../../../src/run-kvm.ts";
+import { isConsoleSerial, kernelArguments } from "../../../src/run-kvm.ts";
 import { diskFolder } from "../../support/real-ring.ts";
 import { eventually } from "../../support/test-loop.ts";
 import { END, kvmTest, startTiny } from "./tiny-guest.ts";
@@ -37,6 +37,15 @@ test("the last console= decides, as the kernel has it", (t) => {
   ]) {
     t.false(isConsoleSerial(args), args.join(" "));
   }
+});
+
+test("the user's kernel arguments are behind ours, and what is for init is for init only", (t) => {
+  const of = (...args: string[]) => kernelArguments({ kernel: { path: "vmlinuz", args }, verbose: true });
+  t.deepEqual(of("root=/dev/vda", "--", "single"), [
+    ...["panic=-1", "console=ttyS0", "console=hvc0"],
+    ...["root=/dev/vda", "--", "single"],
+  ]);
+  t.deepEqual(of("console=ttyS0"), ["panic=-1", "console=ttyS0", "console=ttyS0"]);
 });
 
 /** Polls for a byte, echoes it as soon as the transmitter is empty; a zero ends it. */
