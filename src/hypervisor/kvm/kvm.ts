@@ -117,11 +117,13 @@ function live(
   lines: ConsoleLines,
   first: Life,
 ): Effect.Effect<GuestExit, never, Scope.Scope> {
+  // Whatever its panic= says: a kernel that has panicked is at its end. Not where a user sees that: who reads an old
+  // kernel's log on this line, and then thinks for a while, has a guest that is well.
+  const silentPanic = options.terminal === undefined ? lines.silentPanic : Effect.never;
   return Effect.gen(function* () {
     let life = first;
     while (true) {
-      // Whatever its panic= says: a kernel that has panicked is at its end.
-      const end = yield* Effect.raceFirst(life.machine.end, lines.silentPanic);
+      const end = yield* Effect.raceFirst(life.machine.end, silentPanic);
       yield* Scope.close(life.scope, Exit.void);
       const how = explain(end, lines.all());
       if (how !== undefined) return how;
@@ -137,6 +139,8 @@ function live(
 }
 
 const PANIC = /Kernel panic - not syncing: .*/;
+/** What kernel_restart() and kernel_power_off() say (kernel/reboot.c), and a panic does not. */
+const ORDERLY_END = /reboot: (Restarting system|Power down)/;
 const INIT_FAILED = /guest-init: failed: (.*)/;
 /** Of the lines before a panic, those of an oops are worth telling. */
 const LINES_BEFORE_PANIC = 8;
@@ -144,7 +148,8 @@ const LINES_BEFORE_PANIC = 8;
 /** What an end means, by the kernel's own last words; undefined: it goes on with a new life. Exported for its test. */
 export function explain(end: MachineEnd, lines: readonly string[]): GuestExit | undefined {
   const lastWords = lines.filter((line) => line !== "");
-  const panicAt = lastWords.findIndex((line) => PANIC.test(line));
+  const orderlyAt = lastWords.findLastIndex((line) => ORDERLY_END.test(line));
+  const panicAt = lastWords.findIndex((line, i) => i > orderlyAt && PANIC.test(line));
   if (panicAt >= 0) {
     const message = PANIC.exec(lastWords[panicAt])?.[0] ?? "";
     return { kind: "panic", message, lastWords: lastWords.slice(Math.max(0, panicAt - LINES_BEFORE_PANIC)) };

@@ -6,6 +6,7 @@ import test from "ava";
 import * as Effect from "effect/Effect";
 import { HostInput } from "../../../src/device/host-input.ts";
 import { HostOutput } from "../../../src/device/host-output.ts";
+import { explain } from "../../../src/hypervisor/kvm/kvm.ts";
 import { isConsoleSerial, kernelArguments } from "../../../src/run-kvm.ts";
 import { diskFolder } from "../../support/real-ring.ts";
 import { eventually } from "../../support/test-loop.ts";
@@ -45,7 +46,16 @@ test("the user's kernel arguments are behind ours, and what is for init is for i
     ...["panic=-1", "console=ttyS0", "console=hvc0"],
     ...["root=/dev/vda", "--", "single"],
   ]);
+  t.deepEqual(of("--", "console=x").slice(0, 3), ["panic=-1", "console=ttyS0", "console=hvc0"]);
   t.deepEqual(of("console=ttyS0"), ["panic=-1", "console=ttyS0", "console=ttyS0"]);
+});
+
+test("a panic that was only read about is none", (t) => {
+  const panic = "[    1.0] Kernel panic - not syncing: an old one";
+  t.like(explain({ kind: "reset" }, [panic, "---"]), { kind: "panic" });
+  t.is(explain({ kind: "reset" }, [panic, "# reboot", "[    9.0] reboot: Restarting system"]), undefined);
+  t.like(explain({ kind: "power-off" }, [panic, "[    9.0] reboot: Power down"]), { kind: "power-off" });
+  t.like(explain({ kind: "reset" }, ["reboot: Restarting system", panic]), { kind: "panic" });
 });
 
 /** Polls for a byte, echoes it as soon as the transmitter is empty; a zero ends it. */
