@@ -190,7 +190,7 @@ export function kernelArguments({
   verbose,
 }: Pick<RunCommand, "kernel" | "verbose">): readonly string[] {
   const args = kernel?.args ?? [];
-  const hasConsole = args.some((word) => word.startsWith("console="));
+  const hasConsole = lastConsole(args) !== undefined;
   const ours = ["panic=-1", ...(verbose ? [] : ["quiet"]), "console=ttyS0"];
   return [...ours, ...(hasConsole ? [] : ["console=hvc0"]), ...args];
 }
@@ -200,8 +200,11 @@ export function kernelArguments({
  * kernel/printk/printk.c, which takes a lone number for a serial port's, too). What is behind `--` is for init.
  */
 export function isConsoleSerial(args: readonly string[]): boolean {
+  return /^console=(ttyS)?0(,|$)/.test(lastConsole(args) ?? "");
+}
+
+function lastConsole(args: readonly string[]): string | undefined {
   const words: readonly string[] = args.join(" ").match(/(?:[^\s"]|"[^"]*")+/g) ?? [];
   const end = words.indexOf("--");
-  const last = words.slice(0, end < 0 ? undefined : end).findLast((word) => word.startsWith("console="));
-  return last !== undefined && /^console=(ttyS)?0(,|$)/.test(last);
+  return words.slice(0, end < 0 ? undefined : end).findLast((word) => word.startsWith("console="));
 }
